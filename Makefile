@@ -1,0 +1,90 @@
+# katapy on Debian 12: `make run` and `make test` do the set-up themselves. `make help` lists the rest.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+LIBRARY := $(DESTDIR)$(PREFIX)/lib/katapy
+DATA_DIR := /var/lib/katapy
+# Debian's own, the same as the guest's.
+PYTHON ?= /usr/bin/python3
+BIN := .venv/bin
+PROTOC := $(BIN)/python -m grpc_tools.protoc
+export PYTHON
+
+# A stamp is of no use where what it stands for has gone: then FORCE does the work again.
+gone = $(if $(strip $(wildcard $(1))),,FORCE)
+PROGRAMS := /usr/bin/qemu-system-x86_64 /usr/lib/qemu/virtiofsd /usr/bin/mmdebstrap /usr/bin/mkfs.erofs /bin/busybox
+RECIPE := $(wildcard images/* guest-agent/init guest-agent/katapy_agent/*.py)
+
+.PHONY: run setup test unit soak lint format proto image guest-kernel install uninstall clean help FORCE
+.DELETE_ON_ERROR:
+
+run: setup ## set up, then run examples/hello in a virtual machine
+	@examples/hello/prepare
+	@$(BIN)/katapy run --bundle examples/hello hello
+
+setup: build/packages .venv/installed build/image ## packages, virtual environment, guest image and kernel
+
+build/packages: scripts/setup $(foreach program,$(PROGRAMS),$(call gone,$(program)))
+	@scripts/setup packages
+	@touch $@
+
+.venv/installed: pyproject.toml build/packages $(call gone,$(BIN)/katapy)
+	@scripts/setup venv
+	@touch $@
+
+build/image: .venv/installed $(RECIPE) $(call gone,$(DATA_DIR)/image/*/image.json) $(call gone,$(DATA_DIR)/kernel/*/kernel.json)
+	@$(BIN)/katapy image build
+	@touch $@
+
+test: setup lint ## all tests but the long ones; as root
+	@for tests in tests/unit guest-agent/tests tests/integration tests/functional; do \
+		echo "$$tests:"; $(BIN)/pytest -q -m 'not soak' $$tests || exit 1; done
+
+unit: .venv/installed ## the tests that need no root and no virtual machine
+	@$(BIN)/pytest -q -m 'not root and not vm and not soak' tests/unit
+
+soak: setup ## the long tests; as root
+	@$(BIN)/pytest -q -m soak tests
+
+lint: .venv/installed ## ruff, mypy --strict, the layers
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@for code in 'katapy guest-agent/katapy_agent' images guest-kernel guest-agent/tests $(wildcard tests/*/); do \
+		$(BIN)/mypy --no-error-summary $$code || exit 1; done
+	@PYTHONPATH=guest-agent $(BIN)/lint-imports --no-logo
+
+format: .venv/installed ## let ruff mend what it can
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+proto: .venv/installed ## generate the messages from the .proto files
+	@for package in katapy/proto guest-agent/katapy_agent; do \
+		$(PROTOC) --proto_path=guest-agent/proto --python_out=$$package --pyi_out=$$package agent.proto || exit 1; done
+	@$(PROTOC) --proto_path=katapy/proto --python_out=katapy/proto --pyi_out=katapy/proto $(notdir $(wildcard katapy/proto/*.proto))
+
+image: build/image ## the guest image and Debian's kernel, in /var/lib/katapy
+
+guest-kernel: .venv/installed ## a tuned guest kernel from Debian's source; minutes
+	@scripts/setup kernel-tools
+	@PYTHONPATH=images $(BIN)/python guest-kernel/tuned.py
+
+install: build/packages ## katapy under PREFIX, with an environment of its own
+	$(PYTHON) -m venv --clear "$(LIBRARY)"
+	"$(LIBRARY)/bin/python" -m pip install --quiet --disable-pip-version-check .
+	find "$(LIBRARY)/share" -name __pycache__ -prune -exec rm -rf {} +
+	@# The programs name the Python that will run them: where they will be, not where a package is put together.
+	sed -i '1s|^#!$(DESTDIR)|#!|' "$(LIBRARY)/bin/katapy"
+	mkdir -p "$(DESTDIR)$(PREFIX)/bin"
+	ln -sfn ../lib/katapy/bin/katapy "$(DESTDIR)$(PREFIX)/bin/katapy"
+
+uninstall: ## remove what `make install` has put under PREFIX
+	rm -rf "$(LIBRARY)"
+	rm -f "$(DESTDIR)$(PREFIX)/bin/katapy"
+
+clean: ## remove all that was made in this directory; /var/lib/katapy stays
+	rm -rf build dist .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf examples/hello/rootfs examples/hello/config.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
