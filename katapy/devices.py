@@ -1,0 +1,45 @@
+"""Plain descriptions of what a virtual machine is given; layers hand them to each other.
+
+``storage`` and ``transport`` make them, ``sandbox`` passes them on, ``hypervisor`` turns them into QEMU's arguments.
+A descriptor in one of them belongs to whoever made it; QEMU gets a duplicate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SharedDir:
+    """A directory shared by virtio-fs: ``socket_fd`` is connected to its virtiofsd (vhost-user)."""
+
+    tag: str
+    socket_fd: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A raw disk image, seen by the guest as virtio-blk."""
+
+    path: Path
+    serial: str
+    read_only: bool = True
+
+
+@dataclass(frozen=True)
+class KernelVsock:
+    """vhost-vsock: ``cid`` is the guest's address, ``vhost_fd`` an open /dev/vhost-vsock."""
+
+    cid: int
+    vhost_fd: int
+
+
+@dataclass(frozen=True)
+class UserVsock:
+    """The userspace vsock device: ``socket_fd`` is connected to its process (vhost-user)."""
+
+    socket_fd: int
+
+
+Device = SharedDir | Disk | KernelVsock | UserVsock
