@@ -1,0 +1,60 @@
+"""A bundle: a directory with a config.json and what it refers to (runtime-spec, bundle.md); and the ids of containers.
+
+Loading reads config.json once, checks it and checks that root file system and bind sources are there, so that a
+container with a mistake in it is refused before anything of it exists. Nothing is changed here.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import Final
+
+from katapy.errors import InvalidArgument, NotFound
+from katapy.jsonfile import printable, read
+from katapy.oci.spec import Spec, parse_spec
+
+CONFIG: Final = "config.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """``path`` is the bundle's directory and ``rootfs`` its root file system, both absolute without symbolic links."""
+
+    path: str
+    rootfs: str
+    spec: Spec
+
+
+def load_bundle(path: str) -> Bundle:
+    """Read and check the bundle in the directory ``path``.
+
+    Raises NotFound where directory, config.json, root file system or the source of a bind mount is missing,
+    InvalidArgument or Unsupported where config.json is wrong.
+    """
+    directory = _resolve_directory(path, f"bundle {printable(path)}")
+    file = f"{directory}/{CONFIG}"
+    spec = parse_spec(read(file), bundle=directory, what=printable(file))
+    rootfs = _resolve_directory(spec.rootfs, f"rootfs is missing or unusable: {printable(spec.rootfs)}")
+    if not spec.root.path.startswith("/") and not rootfs.startswith(f"{directory}/"):
+        raise InvalidArgument(f"{printable(file)}: root.path: {printable(spec.root.path)} leads out of the bundle")
+    for bind in spec.bind_mounts:
+        if not os.path.exists(bind.source):
+            raise NotFound(f"{printable(file)}: mounts[{bind.index}].source: no such path: {printable(bind.source)}")
+    return Bundle(directory, rootfs, spec)
+
+
+def _resolve_directory(path: str, what: str) -> str:
+    try:
+        resolved = os.path.realpath(path, strict=True)
+        is_directory = stat.S_ISDIR(os.stat(resolved).st_mode)
+    except FileNotFoundError as error:
+        raise NotFound(f"{what}: no such directory") from error
+    except OSError as error:
+        raise InvalidArgument(f"{what}: {(error.strerror or str(error)).lower()}") from error
+    except ValueError as error:  # NUL in a path
+        raise InvalidArgument(f"{what}: not a valid path") from error
+    if not is_directory:
+        raise InvalidArgument(f"{what}: not a directory")
+    return resolved
