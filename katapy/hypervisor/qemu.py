@@ -1,0 +1,265 @@
+"""Starts QEMU for one VM and ends it: processes, descriptors, privileges.
+
+The kernel, the initramfs and the disks are opened here and passed by descriptor, the sockets are pairs: QEMU gets no
+path, and runs as a user of its own that owns nothing. What the arguments mean is ``cmdline``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import stat
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from katapy import run
+from katapy.console import Console
+from katapy.devices import Disk, KernelVsock, SharedDir, UserVsock
+from katapy.errors import InvalidArgument, KatapyError, NotFound, PermissionDenied, Timeout, Unavailable
+from katapy.hypervisor import VmConfig, qmp
+from katapy.hypervisor.accel import KVM_DEVICE, Acceleration, Kind
+from katapy.hypervisor.cmdline import Descriptors, build_argv
+
+_ELF: Final = b"\x7fELF"
+# The kernel's Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
+_BZIMAGE: Final = b"HdrS"
+_BZIMAGE_OFFSET: Final = 0x202
+_KERNEL_HEADER: Final = _BZIMAGE_OFFSET + len(_BZIMAGE)
+QEMU: Final = "QEMU"  # what its process is called
+_READY: Final = b"ready"
+_READY_MAX: Final = 64
+_GREETING_DEADLINE: Final = 30.0
+_QUIT_DEADLINE: Final = 1.0
+_TERM_GRACE: Final = 2.0
+_EXIT_DEADLINE: Final = 2.0
+_CONSOLE_LINES: Final = 10
+# systemd's UIDS-GIDS.md marks 1879048192 to 2147483647 as unused: no user, no container has these. A random one for
+# each VM keeps a QEMU that was taken over away from all the others.
+_UID_FIRST: Final = 1879048192
+_UID_COUNT: Final = 1 << 28
+
+
+class QemuVm:
+    """A running VM; see ``start_vm``."""
+
+    def __init__(
+        self, name: str, process: run.Process, console: Console, stderr: Console, ready: socket.socket
+    ) -> None:
+        self.name = name
+        self.process = process
+        self.console = console
+        self._stderr = stderr
+        self._ready = ready
+        self._qmp: qmp.Qmp | None = None
+
+    async def connect_qmp(self, ours: socket.socket) -> None:
+        """Take QEMU's greeting, which shows that it accepted its arguments.
+
+        Raises Unavailable with what QEMU printed when it did not.
+        """
+        try:
+            self._qmp = await qmp.connect(ours, name=self.name, timeout=_GREETING_DEADLINE)
+        except Unavailable as error:
+            raise await self._death("QEMU start", cause=error) from error
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Wait until the guest writes ``ready`` to its second serial port.
+
+        Raises Timeout after ``timeout`` seconds, Unavailable when the VM ends first or says something else; with
+        the last lines of the guest's console.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                said = await self._first_line()
+        except TimeoutError as error:
+            text = f"VM {self.name} did not get ready within {timeout:g} s: the guest is still booting or hangs"
+            raise Timeout(self._with_console(text)) from error
+        if said is None:
+            raise await self._death("guest boot")
+        if said != _READY:
+            raise Unavailable(self._with_console(f"VM {self.name} said {said!r} where {_READY!r} was expected"))
+        # The guest gets no more answer on this port, and what it still writes there goes nowhere.
+        self._ready.close()
+
+    async def stop(self) -> None:
+        """End the VM: QMP quit, then SIGTERM, then SIGKILL; idempotent."""
+        if self._qmp is not None:
+            with contextlib.suppress(KatapyError):
+                await self._qmp.execute("quit", timeout=_QUIT_DEADLINE)
+            await self._qmp.close()
+            self._qmp = None
+        await self.process.stop(grace=_TERM_GRACE)
+
+    async def _first_line(self) -> bytes | None:
+        """Return what the guest wrote up to the first newline, None if QEMU closed the port before."""
+        loop = asyncio.get_running_loop()
+        said = b""
+        while b"\n" not in said and len(said) < _READY_MAX:
+            try:
+                data = await loop.sock_recv(self._ready, _READY_MAX)
+            except OSError:
+                return None
+            if not data:
+                return None
+            said += data
+        return said.partition(b"\n")[0].rstrip(b"\r")
+
+    async def _death(self, stage: str, cause: KatapyError | None = None) -> KatapyError:
+        """Return the error for a QEMU that closed its sockets: it has ended, or is about to."""
+        try:
+            async with asyncio.timeout(_EXIT_DEADLINE):
+                status = await self.process.wait()
+        except TimeoutError:
+            return cause or Unavailable(self._with_console(f"VM {self.name} hung up during {stage}"))
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        reason = self._qmp.shutdown_reason() if self._qmp is not None else None
+        said = f" ({reason})" if reason is not None else ""
+        complaint = self._stderr.tail(1)
+        text = f"VM {self.name} failed during {stage}: QEMU {how}{said}" + (f": {complaint}" if complaint else "")
+        return Unavailable(self._with_console(text))
+
+    def _with_console(self, text: str) -> str:
+        tail = self.console.tail(_CONSOLE_LINES)
+        return f"{text}\nlast lines of the guest console:\n{tail}" if tail else text
+
+
+@asynccontextmanager
+async def start_vm(config: VmConfig, *, name: str, console_path: Path) -> AsyncIterator[QemuVm]:
+    """Start a VM and end it with the context; the guest boots already when this yields.
+
+    ``name`` is the sandbox's id, ``console_path`` a file for the guest's console (at most 1 MiB).
+    Raises NotFound, PermissionDenied or InvalidArgument for a file of ``config`` that cannot be used, Unavailable
+    with QEMU's own words when it does not start.
+    """
+    async with AsyncExitStack() as stack:
+        vm, control = _launch(config, name, console_path, stack)
+        stack.push_async_callback(vm.stop)
+        await vm.connect_qmp(control)
+        yield vm
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """One socket of every pair between katapy and a QEMU: katapy's, or QEMU's."""
+
+    qmp: socket.socket
+    console: socket.socket
+    ready: socket.socket
+    stderr: socket.socket
+
+
+def _launch(config: VmConfig, name: str, console_path: Path, stack: AsyncExitStack) -> tuple[QemuVm, socket.socket]:
+    """Return the VM whose QEMU was just started, and our end of its control socket."""
+    ours, theirs = (_Channels(*ends) for ends in zip(*(socket.socketpair() for _ in range(4)), strict=True))
+    for end in vars(ours).values():
+        stack.callback(end.close)
+    with ExitStack() as inherited:
+        for end in vars(theirs).values():
+            inherited.callback(end.close)
+        fds = Descriptors(
+            qmp=theirs.qmp.fileno(),
+            console=theirs.console.fileno(),
+            ready=theirs.ready.fileno(),
+            kernel=_open_kernel(config.kernel, inherited),
+            initramfs=open_boot_file(config.initramfs, "initramfs", inherited) if config.initramfs else None,
+            disks=tuple(_open(disk.path, "disk", inherited) for disk in config.devices if isinstance(disk, Disk)),
+        )
+        argv = build_argv(config, fds, name=name)
+        console = _open_console(ours.console, console_path)
+        stack.callback(console.close)
+        stderr = Console(ours.stderr)
+        stack.callback(stderr.close)
+        process = run.start(
+            argv,
+            name=QEMU,
+            fds=_inherited(fds, config),
+            stderr=theirs.stderr.fileno(),
+            identity=_identity(config.acceleration),
+        )
+        # Should the orderly stop be cut short.
+        stack.callback(process.kill)
+    ours.ready.setblocking(False)
+    return QemuVm(name, process, console, stderr, ours.ready), ours.qmp
+
+
+def _inherited(fds: Descriptors, config: VmConfig) -> list[int]:
+    numbers = [fds.qmp, fds.console, fds.ready, fds.kernel, *fds.disks]
+    numbers += [fds.initramfs] if fds.initramfs is not None else []
+    for device in config.devices:
+        match device:
+            case SharedDir() | UserVsock():
+                numbers.append(device.socket_fd)
+            case KernelVsock():
+                numbers.append(device.vhost_fd)
+    return numbers
+
+
+def _open(path: Path, what: str, stack: ExitStack) -> int:
+    """Return a read-only descriptor of a regular file, closed with ``stack``."""
+    try:
+        # O_NONBLOCK: a FIFO in the file's place must be refused, not waited for.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise NotFound(f"cannot open {what} {path}: no such file") from error
+    except OSError as error:
+        raise PermissionDenied(f"cannot open {what} {path}: {(error.strerror or str(error)).lower()}") from error
+    stack.callback(os.close, fd)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        raise InvalidArgument(f"cannot use {what} {path}: not a regular file")
+    if found.st_size == 0:
+        raise InvalidArgument(f"cannot use {what} {path}: the file is empty")
+    return fd
+
+
+def open_boot_file(path: Path, what: str, stack: ExitStack) -> int:
+    """Return a descriptor that any user may open again by /proc/self/fd, which is how QEMU reads kernels.
+
+    A file that only its owner may read (Ubuntu's kernels) is copied to memory. ``what`` names it in errors.
+    """
+    fd = _open(path, what, stack)
+    if os.fstat(fd).st_mode & stat.S_IROTH:
+        return fd
+    copy = os.memfd_create(what, os.MFD_CLOEXEC)
+    stack.callback(os.close, copy)
+    while os.sendfile(copy, fd, None, 1 << 30):
+        pass
+    return copy
+
+
+def _open_kernel(path: Path, stack: ExitStack) -> int:
+    """Return a descriptor of a kernel; what is none would not fail in QEMU, but hang the guest."""
+    fd = open_boot_file(path, "kernel", stack)
+    start = os.pread(fd, _KERNEL_HEADER, 0)
+    if not start.startswith(_ELF) and start[_BZIMAGE_OFFSET:] != _BZIMAGE:
+        raise InvalidArgument(f"cannot use kernel {path}: neither a bzImage nor an ELF vmlinux")
+    return fd
+
+
+def _open_console(source: socket.socket, path: Path) -> Console:
+    try:
+        return Console(source, path)
+    except OSError as error:
+        raise Unavailable(f"cannot write the console log {path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def _identity(acceleration: Acceleration) -> run.Identity | None:
+    """Return a user that owns nothing, in the group of /dev/kvm where that is needed; None if we are not root."""
+    if os.geteuid() != 0:
+        return None
+    uid = _UID_FIRST + secrets.randbelow(_UID_COUNT)
+    if acceleration.kind is Kind.TCG:
+        return run.Identity(uid, uid)
+    found = KVM_DEVICE.stat()
+    if found.st_mode & 0o006 == 0o006:
+        return run.Identity(uid, uid)
+    if found.st_mode & 0o060 == 0o060:
+        return run.Identity(uid, uid, (found.st_gid,))
+    # QEMU 7.2 takes no descriptor of /dev/kvm, and only root may open it here: root without any capability.
+    return run.Identity(0, 0)

@@ -1,0 +1,276 @@
+"""Real QEMU, tiny guests: it starts, says why when it does not, has no privilege, and is gone afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_guest
+
+from katapy.console import LOG_BYTES
+from katapy.devices import Disk, SharedDir
+from katapy.errors import InvalidArgument, KatapyError, NotFound, Timeout, Unavailable
+from katapy.hypervisor import VmConfig
+from katapy.hypervisor.accel import Acceleration, Kind, measure
+from katapy.hypervisor.qemu import start_vm
+
+pytestmark = pytest.mark.root
+
+READY = tiny_guest.write(tiny_guest.CONSOLE, b"hello from the guest\r\n") + tiny_guest.write(
+    tiny_guest.READY, b"ready\r\n"
+)
+BOOT_TIMEOUT = 60.0
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> VmConfig:
+    return VmConfig(
+        qemu=Path("/usr/bin/qemu-system-x86_64"),
+        acceleration=Acceleration(Kind.TCG, "a test"),
+        vcpus=1,
+        memory_bytes=64 << 20,
+        kernel=boots(tmp_path, READY + tiny_guest.HALT),
+    )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """No descriptor and no child outlives a VM."""
+    before, children_before = descriptors(), children()
+    yield
+    assert [entry for entry in descriptors() if entry not in before] == []
+    assert children() - children_before == set()
+
+
+def children() -> set[str]:
+    """Return the pids of this process's children, dead ones that nobody has reaped among them."""
+    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
+def descriptors() -> list[str]:
+    found = []
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(f"{fd.name} {fd.readlink()}")
+        except FileNotFoundError:  # the listing's own
+            continue
+    # What pytest and asyncio keep is not ours.
+    return sorted(entry for entry in found if "pidfd" in entry or "memfd" in entry or "guest" in entry)
+
+
+def boots(directory: Path, code: bytes) -> Path:
+    path = directory / "guest"
+    path.write_bytes(tiny_guest.kernel(code))
+    return path
+
+
+async def failure(config: VmConfig, directory: Path, *, timeout: float = BOOT_TIMEOUT) -> str:
+    """Return the text of the error with which this VM fails."""
+    with pytest.raises(KatapyError) as caught:
+        async with start_vm(config, name="web", console_path=directory / "console.log") as vm:
+            await vm.wait_ready(timeout)
+    return str(caught.value)
+
+
+async def test_a_guest_gets_ready_and_is_ended(config: VmConfig, tmp_path: Path) -> None:
+    async with start_vm(config, name="web", console_path=tmp_path / "console.log") as vm:
+        await vm.wait_ready(BOOT_TIMEOUT)
+        assert vm.console.tail(1) == "hello from the guest"
+        pid = vm.process.pid
+        await vm.stop()
+        await vm.stop()
+    assert not Path(f"/proc/{pid}").exists()
+    assert b"hello from the guest" in (tmp_path / "console.log").read_bytes()
+
+
+async def test_qemu_has_no_privilege(config: VmConfig, tmp_path: Path) -> None:
+    async with start_vm(config, name="web", console_path=tmp_path / "console.log") as vm:
+        lines = Path(f"/proc/{vm.process.pid}/status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    assert all(int(uid) >= 1879048192 for uid in status["Uid"].split())
+    assert status["Groups"].strip() == ""
+    for kind in ("CapPrm", "CapEff", "CapInh", "CapBnd", "CapAmb"):
+        assert int(status[kind], 16) == 0
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+
+
+async def test_files_that_only_root_may_read_work(config: VmConfig, tmp_path: Path) -> None:
+    """Ubuntu's kernels have mode 0600, an image directory 0700, and QEMU is not root."""
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    kernel = boots(private, READY + tiny_guest.HALT)
+    kernel.chmod(0o600)
+    image = private / "image"
+    image.write_bytes(bytes(4096))
+    image.chmod(0o400)
+    private_config = replace(config, kernel=kernel, devices=(Disk(image, "root"),))
+    async with start_vm(private_config, name="web", console_path=tmp_path / "console.log") as vm:
+        await vm.wait_ready(BOOT_TIMEOUT)
+
+
+@pytest.mark.parametrize("what", ["kernel", "initramfs", "disk"])
+async def test_a_missing_file_is_named(config: VmConfig, tmp_path: Path, what: str) -> None:
+    missing = tmp_path / "missing"
+    changes = {
+        "kernel": replace(config, kernel=missing),
+        "initramfs": replace(config, initramfs=missing),
+        "disk": replace(config, devices=(Disk(missing, "root"),)),
+    }
+    assert await failure(changes[what], tmp_path) == f"cannot open {what} {missing}: no such file"
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "empty"])
+async def test_a_kernel_that_is_no_file_is_refused(config: VmConfig, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "odd"
+    {"directory": path.mkdir, "fifo": lambda: os.mkfifo(path), "empty": path.touch}[kind]()
+    with pytest.raises(InvalidArgument, match="cannot use kernel"):
+        async with start_vm(replace(config, kernel=path), name="web", console_path=tmp_path / "console.log"):
+            pass
+
+
+async def test_a_missing_qemu_is_named(config: VmConfig, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="/nonexistent/qemu"):
+        async with start_vm(
+            replace(config, qemu=Path("/nonexistent/qemu")), name="web", console_path=tmp_path / "console.log"
+        ):
+            pass
+
+
+async def test_a_kernel_that_is_something_else_is_refused(config: VmConfig, tmp_path: Path) -> None:
+    """QEMU takes any file for an ancient kernel, and the guest then hangs until the boot's deadline."""
+    junk = tmp_path / "junk"
+    junk.write_bytes(b"no kernel at all" * 4096)
+    assert await failure(replace(config, kernel=junk), tmp_path) == (
+        f"cannot use kernel {junk}: neither a bzImage nor an ELF vmlinux"
+    )
+
+
+async def test_qemus_own_words_are_in_the_error(config: VmConfig, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(config.kernel.read_bytes()[:64].ljust(8192, b"\0"))
+    text = await failure(replace(config, kernel=broken), tmp_path)
+    assert text.startswith("VM web failed during QEMU start: QEMU ended with status 1: ")
+    assert "kernel" in text
+
+
+async def test_a_vhost_user_backend_that_is_gone(config: VmConfig, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(writer)
+    try:
+        text = await failure(replace(config, devices=(SharedDir("katapy", reader),)), tmp_path)
+    finally:
+        os.close(reader)
+    assert "failed during QEMU start" in text
+
+
+async def test_a_guest_that_resets_before_it_is_ready(config: VmConfig, tmp_path: Path) -> None:
+    code = tiny_guest.write(tiny_guest.CONSOLE, b"panic: no root\n") + tiny_guest.reset()
+    text = await failure(replace(config, kernel=boots(tmp_path, code)), tmp_path)
+    assert text == (
+        "VM web failed during guest boot: QEMU ended with status 0 (guest-reset)\n"
+        "last lines of the guest console:\n"
+        "panic: no root"
+    )
+
+
+async def test_a_guest_that_hangs(config: VmConfig, tmp_path: Path) -> None:
+    with pytest.raises(Timeout, match=r"VM web did not get ready within 0\.2 s"):
+        async with start_vm(
+            replace(config, kernel=boots(tmp_path, tiny_guest.HALT)), name="web", console_path=tmp_path / "console.log"
+        ) as vm:
+            await vm.wait_ready(0.2)
+
+
+async def test_a_guest_that_says_something_else(config: VmConfig, tmp_path: Path) -> None:
+    code = tiny_guest.forever(tiny_guest.write(tiny_guest.READY, b"A" * 64))
+    with pytest.raises(Unavailable, match="where b'ready' was expected"):
+        async with start_vm(
+            replace(config, kernel=boots(tmp_path, code)), name="web", console_path=tmp_path / "console.log"
+        ) as vm:
+            await vm.wait_ready(BOOT_TIMEOUT)
+
+
+async def test_a_killed_qemu_is_reported(config: VmConfig, tmp_path: Path) -> None:
+    hanging = replace(config, kernel=boots(tmp_path, tiny_guest.HALT))
+    async with start_vm(hanging, name="web", console_path=tmp_path / "console.log") as vm:
+        waiting = asyncio.create_task(vm.wait_ready(BOOT_TIMEOUT))
+        await asyncio.sleep(0)
+        vm.process.signal(signal.SIGKILL)
+        with pytest.raises(Unavailable, match="failed during guest boot: QEMU was killed by signal 9"):
+            await waiting
+
+
+async def test_a_flooding_guest_neither_blocks_nor_fills_the_disk(config: VmConfig, tmp_path: Path) -> None:
+    """The guest writes 2 MiB to its console and is ready only after that: it must have been drained, and bounded."""
+    line = tiny_guest.write(tiny_guest.CONSOLE, b"x" * 63 + b"\n")
+    loops = (2 << 20) // 64
+    count = b"\xb9" + loops.to_bytes(4, "little")  # mov ecx, loops
+    again = b"\x49\x0f\x85" + (-len(line) - 7).to_bytes(4, "little", signed=True)  # dec ecx; jnz line
+    code = count + line + again + tiny_guest.write(tiny_guest.READY, b"ready\n") + tiny_guest.HALT
+    log = tmp_path / "console.log"
+    async with start_vm(replace(config, kernel=boots(tmp_path, code)), name="web", console_path=log) as vm:
+        await vm.wait_ready(BOOT_TIMEOUT)
+        assert 0 < log.stat().st_size <= LOG_BYTES
+        # The last bytes may still be on their way: the ports are separate streams.
+        assert set(vm.console.tail(2)) == {"x", "\n"}
+
+
+async def test_an_unwritable_console_log_is_named(config: VmConfig, tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="cannot write the console log"):
+        async with start_vm(config, name="web", console_path=tmp_path / "none" / "console.log"):
+            pass
+
+
+def test_qemu_dies_with_its_owner(config: VmConfig, tmp_path: Path) -> None:
+    """The death signal must survive the change of user: the kernel clears it when ids change."""
+    program = f"""
+        import asyncio
+        from pathlib import Path
+        from katapy.hypervisor import VmConfig
+        from katapy.hypervisor.accel import Acceleration, Kind
+        from katapy.hypervisor.qemu import start_vm
+
+        async def main():
+            tcg = Acceleration(Kind.TCG, "a test")
+            config = VmConfig(Path({str(config.qemu)!r}), tcg, 1, 64 << 20, Path({str(config.kernel)!r}))
+            async with start_vm(config, name="web", console_path=Path({str(tmp_path / "console.log")!r})) as vm:
+                print(vm.process.pid, flush=True)
+                await asyncio.Event().wait()
+
+        asyncio.run(main())
+    """
+    root = Path(__file__).parents[2]
+    owner = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, env={"PYTHONPATH": str(root)}
+    )
+    assert owner.stdout is not None
+    with owner.stdout:
+        pidfd = os.pidfd_open(int(owner.stdout.readline()))
+    try:
+        owner.kill()
+        owner.wait()
+        assert select.select([pidfd], [], [], 5.0)[0] == [pidfd]
+    finally:
+        os.close(pidfd)
+
+
+async def test_a_probe_that_hangs_is_given_up() -> None:
+    started = time.monotonic()
+    assert await measure(["/usr/bin/sleep", "60"], 0.05) is None
+    assert time.monotonic() - started < 2
+
+
+async def test_a_probe_that_answers() -> None:
+    assert await measure(["/usr/bin/printf", "0.25"], 10) == pytest.approx(0.25)
+    with pytest.raises(Unavailable, match="busy"):
+        await measure(["/usr/bin/printf", "error: device busy"], 10)

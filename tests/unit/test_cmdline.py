@@ -1,0 +1,190 @@
+"""QEMU's arguments: what they are, word for word, and that no text can add to them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from katapy.devices import Device, Disk, KernelVsock, SharedDir, UserVsock
+from katapy.errors import InvalidArgument
+from katapy.hypervisor import VmConfig
+from katapy.hypervisor.accel import Acceleration, Kind
+from katapy.hypervisor.cmdline import Descriptors, build_argv, kernel_command_line
+
+FDS = Descriptors(qmp=10, console=11, ready=12, kernel=13, initramfs=14, disks=(15,))
+DISK = Disk(Path("/var/lib/katapy/image/root.erofs"), "root")
+BASE = VmConfig(
+    qemu=Path("/usr/bin/qemu-system-x86_64"),
+    acceleration=Acceleration(Kind.TCG, "no KVM"),
+    vcpus=2,
+    memory_bytes=256 << 20,
+    kernel=Path("/boot/vmlinuz"),
+    initramfs=Path("/var/lib/katapy/initramfs"),
+    kernel_params=("katapy.debug",),
+    devices=(DISK, UserVsock(20), SharedDir("katapy", 21)),
+)
+GOLDEN = r"""/usr/bin/qemu-system-x86_64
+-name guest=katapy-web
+-nodefaults
+-no-user-config
+-no-reboot
+-display none
+-monitor none
+-parallel none
+-net none
+-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+-machine q35,memory-backend=ram,dump-guest-core=off,mem-merge=off,usb=off,sata=off,smbus=off,vmport=off,i8042=off,hpet=off
+-accel tcg,thread=multi,tb-size=128
+-cpu max,-erms,-fsrm,-smap
+-smp 2
+-m 268435456B
+-object {"qom-type":"memory-backend-memfd","id":"ram","size":268435456,"share":true}
+-bios qboot.rom
+-kernel /proc/self/fd/13
+-initrd /proc/self/fd/14
+-append console=ttyS0 quiet panic=-1 cryptomgr.notests no_timer_check clearcpuid=112 mitigations=off katapy.debug
+-chardev socket,id=console,fd=11
+-serial chardev:console
+-chardev socket,id=ready,fd=12
+-serial chardev:ready
+-chardev socket,id=qmp,fd=10
+-mon chardev=qmp,mode=control
+-add-fd fd=15,set=15
+-blockdev {"driver":"raw","node-name":"disk0","read-only":true,"file":{"driver":"file","filename":"/dev/fdset/15"}}
+-device {"driver":"virtio-blk-pci","id":"disk0-dev","drive":"disk0","serial":"root","disable-legacy":"on"}
+-chardev socket,id=vsock1,fd=20
+-device {"driver":"vhost-user-vsock-pci","id":"vsock1-dev","chardev":"vsock1","disable-legacy":"on"}
+-chardev socket,id=fs2,fd=21
+-device {"driver":"vhost-user-fs-pci","id":"fs2-dev","chardev":"fs2","tag":"katapy","queue-size":1024}
+"""  # noqa: E501
+
+
+def options(argv: list[str]) -> list[str]:
+    """Return an option and its value on one line each, as GOLDEN has them."""
+    lines: list[str] = []
+    for word in argv:
+        if word.startswith("-") or not lines or " " in lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] += " " + word
+    return lines
+
+
+def test_golden() -> None:
+    assert options(build_argv(BASE, FDS, name="web")) == GOLDEN.splitlines()
+
+
+def test_kvm_uses_the_hosts_cpu() -> None:
+    argv = build_argv(replace(BASE, acceleration=Acceleration(Kind.KVM, "works")), FDS, name="web")
+    assert argv[argv.index("-accel") : argv.index("-smp")] == ["-accel", "kvm", "-cpu", "host"]
+
+
+def test_kernel_vsock_gets_its_descriptor_as_text() -> None:
+    argv = build_argv(replace(BASE, devices=(KernelVsock(7, 30),)), FDS, name="web")
+    device = json.loads(argv[-1])
+    assert (device["driver"], device["guest-cid"], device["vhostfd"]) == ("vhost-vsock-pci", 7, "30")
+
+
+def test_no_initramfs_no_option() -> None:
+    assert "-initrd" not in build_argv(BASE, replace(FDS, initramfs=None), name="web")
+
+
+def test_disks_keep_their_order() -> None:
+    config = replace(BASE, devices=(Disk(Path("/a"), "first"), UserVsock(20), Disk(Path("/b"), "second")))
+    argv = build_argv(config, replace(FDS, disks=(15, 16)), name="web")
+    disks = [json.loads(word) for word in argv if "virtio-blk-pci" in word or '"raw"' in word]
+    assert [disk.get("serial") or disk["file"]["filename"] for disk in disks] == [
+        "/dev/fdset/15",
+        "first",
+        "/dev/fdset/16",
+        "second",
+    ]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        Disk(Path("/a"), "root", read_only=False),
+        Disk(Path("/a"), ""),
+        Disk(Path("/a"), "s" * 21),
+        SharedDir("", 21),
+        SharedDir("t" * 37, 21),
+        SharedDir("käse", 21),
+        KernelVsock(2, 30),
+        KernelVsock(0xFFFFFFFF, 30),
+    ],
+)
+def test_what_a_device_cannot_carry_is_refused(device: Device) -> None:
+    with pytest.raises(InvalidArgument):
+        build_argv(replace(BASE, devices=(device,)), FDS, name="web")
+
+
+@pytest.mark.parametrize(("vcpus", "memory"), [(0, 256 << 20), (256, 256 << 20), (1, 0), (1, (256 << 20) + 1)])
+def test_impossible_sizes_are_refused(vcpus: int, memory: int) -> None:
+    with pytest.raises(InvalidArgument, match="cannot give a VM"):
+        build_argv(replace(BASE, vcpus=vcpus, memory_bytes=memory), FDS, name="web")
+
+
+@pytest.mark.parametrize("param", ["", "a b", "--", "a\nb", "a\tb", 'a="b', "ä", "\0"])
+def test_a_kernel_parameter_is_one_word(param: str) -> None:
+    with pytest.raises(InvalidArgument, match="kernel parameter"):
+        kernel_command_line((param,))
+
+
+def test_the_kernels_limit_on_its_command_line() -> None:
+    room = 2047 - len(kernel_command_line(())) - 1
+    assert len(kernel_command_line(("p" * room,))) == 2047
+    with pytest.raises(InvalidArgument, match="2047"):
+        kernel_command_line(("p" * (room + 1),))
+
+
+hostile = st.one_of(st.text(max_size=60), st.text(alphabet=',="\\{}:- \nax', max_size=30))
+
+
+@given(text=hostile)
+def test_no_name_adds_a_property(text: str) -> None:
+    expected = options(build_argv(BASE, FDS, name="web"))
+    try:
+        argv = build_argv(BASE, FDS, name=text)
+    except InvalidArgument:
+        return
+    value = argv.pop(2)
+    argv.insert(2, "guest=katapy-web")
+    assert options(argv) == expected
+    # What QEMU reads: single commas separate, doubled ones are part of the value.
+    assert "," not in value.replace(",,", "")
+    assert value.replace(",,", ",") == f"guest=katapy-{text}"
+
+
+@given(text=hostile)
+def test_no_tag_or_serial_adds_a_property(text: str) -> None:
+    for device, key in ((SharedDir(text, 21), "tag"), (Disk(Path("/a"), text), "serial")):
+        try:
+            argv = build_argv(replace(BASE, devices=(device,)), FDS, name="web")
+        except InvalidArgument:
+            continue
+        plain: Device = SharedDir("x", 21) if key == "tag" else Disk(Path("/a"), "x")
+        usual = build_argv(replace(BASE, devices=(plain,)), FDS, name="web")
+        assert argv[:-1] == usual[:-1]
+        assert json.loads(argv[-1]) == json.loads(usual[-1]) | {key: text}
+
+
+@given(text=hostile)
+def test_no_path_reaches_qemu(text: str) -> None:
+    disk = replace(DISK, path=Path(text))
+    config = replace(BASE, kernel=Path("k" + text), initramfs=Path("i" + text), devices=(disk,))
+    assert build_argv(config, FDS, name="web") == build_argv(replace(BASE, devices=(DISK,)), FDS, name="web")
+
+
+@given(text=hostile)
+def test_no_kernel_parameter_adds_another(text: str) -> None:
+    try:
+        line = kernel_command_line((text,))
+    except InvalidArgument:
+        return
+    assert line.split() == [*kernel_command_line(()).split(), text]
