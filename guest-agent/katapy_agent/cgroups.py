@@ -1,0 +1,354 @@
+"""One cgroup v2 leaf per container: limits, device program, processes, statistics, end.
+
+It owns /sys/fs/cgroup/katapy and everything below it, and says the specification's v1 words in v2 (the conversions
+are runc's, so that a number means the same there and here). The cgroup hierarchy itself is mounted by init; joining
+a leaf is ``child``'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from katapy_agent import devices, linux
+from katapy_agent.errors import InvalidArgument, Timeout, Unsupported, doing
+from katapy_agent.resources import CPU, BlockIO, Memory, Resources, ThrottleDevice
+
+ROOT: Final = Path("/sys/fs/cgroup")
+NO_LIMIT: Final = 2**64 - 1
+_PARENT: Final = "katapy"
+_NAME: Final = re.compile(r"(?!\.)[A-Za-z0-9_.+-]{1,200}")
+_REMOVE_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True)
+class CpuStats:
+    """Microseconds of CPU time, and how often the quota was hit."""
+
+    usage_usec: int = 0
+    user_usec: int = 0
+    system_usec: int = 0
+    periods: int = 0
+    throttled_periods: int = 0
+    throttled_usec: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """Bytes of memory; a limit of 2^64-1 is none, a peak of 0 is not told by the kernel."""
+
+    usage_bytes: int
+    limit_bytes: int
+    peak_bytes: int
+    swap_bytes: int
+    stat: dict[str, int]
+    oom_events: int
+    oom_kills: int
+
+
+@dataclass(frozen=True)
+class PidsStats:
+    """Number of tasks; a limit of 2^64-1 is none."""
+
+    current: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class IoStats:
+    """Bytes and operations of one block device."""
+
+    major: int
+    minor: int
+    read_bytes: int
+    write_bytes: int
+    reads: int
+    writes: int
+
+
+@dataclass(frozen=True)
+class HugetlbStats:
+    """Bytes in huge pages of one size."""
+
+    page_size: str
+    usage_bytes: int
+    limit_bytes: int
+    failures: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a container has used; mirrors StatsContainerResponse of agent.proto."""
+
+    cpu: CpuStats
+    memory: MemoryStats
+    pids: PidsStats
+    io: tuple[IoStats, ...]
+    hugetlb: tuple[HugetlbStats, ...]
+
+
+def plan_limits(resources: Resources) -> list[tuple[str, str]]:
+    """Return what is written into which file of the leaf, in order. Raises InvalidArgument and Unsupported."""
+    return [
+        *_plan_cpu(resources.cpu),
+        *_plan_memory(resources.memory),
+        *([("pids.max", _limit(resources.pids.limit))] if resources.pids.limit else []),
+        *_plan_io(resources.block_io),
+        *((f"hugetlb.{each.page_size}.max", str(each.limit)) for each in resources.hugepage_limits),
+        *((name, line) for name, value in resources.unified.items() for line in value.splitlines()),
+    ]
+
+
+def _plan_cpu(cpu: CPU) -> Iterator[tuple[str, str]]:
+    if cpu.idle is not None:
+        yield "cpu.idle", str(cpu.idle)
+    if cpu.shares:
+        shares = min(max(cpu.shares, 2), 262144)
+        yield "cpu.weight", str(1 + (shares - 2) * 9999 // 262142)
+    if cpu.quota or cpu.period:
+        yield "cpu.max", f"{cpu.quota if cpu.quota > 0 else 'max'} {cpu.period or 100000}"
+    if cpu.burst is not None:
+        yield "cpu.max.burst", str(cpu.burst)
+    if cpu.cpus:
+        yield "cpuset.cpus", cpu.cpus
+    if cpu.mems:
+        yield "cpuset.mems", cpu.mems
+
+
+def _plan_memory(memory: Memory) -> Iterator[tuple[str, str]]:
+    swap = _swap(memory)
+    if swap is not None:
+        yield "memory.swap.max", _limit(swap)
+    if memory.limit:
+        yield "memory.max", _limit(memory.limit)
+    if memory.reservation:
+        yield "memory.low", _limit(memory.reservation)
+
+
+def _swap(memory: Memory) -> int | None:
+    """Return the limit of swap alone: the specification's counts memory and swap together, and 0 is unset."""
+    if memory.swap == 0:
+        return -1 if memory.limit == -1 else None
+    if memory.swap == -1 or memory.limit == -1:
+        return memory.swap
+    if memory.limit == 0:
+        raise InvalidArgument("linux.resources.memory.swap needs a memory limit")
+    if memory.swap < memory.limit:
+        raise InvalidArgument("linux.resources.memory.swap is below the memory limit, which it includes")
+    return memory.swap - memory.limit
+
+
+def _plan_io(block_io: BlockIO) -> Iterator[tuple[str, str]]:
+    if block_io.weight:
+        yield "io.bfq.weight", str(block_io.weight)
+    for device in block_io.weight_device:
+        yield "io.bfq.weight", f"{device.major}:{device.minor} {device.weight}"
+    throttles: tuple[tuple[str, tuple[ThrottleDevice, ...]], ...] = (
+        ("rbps", block_io.throttle_read_bps_device),
+        ("wbps", block_io.throttle_write_bps_device),
+        ("riops", block_io.throttle_read_iops_device),
+        ("wiops", block_io.throttle_write_iops_device),
+    )
+    for key, limits in throttles:
+        for limit in limits:
+            yield "io.max", f"{limit.major}:{limit.minor} {key}={limit.rate or 'max'}"
+
+
+def _limit(value: int) -> str:
+    return "max" if value < 0 else str(value)
+
+
+class Cgroup:
+    """The leaf of one container."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, name: str, resources: Resources, *, root: Path = ROOT) -> Cgroup:
+        """Make a leaf with all its limits and its device program, before any process is in it.
+
+        ``root`` is where cgroup v2 is mounted. Nothing is left when it fails. Raises InvalidArgument for a name that
+        is none or a limit that the kernel refuses, AlreadyExists, Unsupported where the kernel lacks a limit's file.
+        """
+        if not _NAME.fullmatch(name):
+            raise InvalidArgument(f"cgroup name {name[:64]!r} is invalid")
+        limits = plan_limits(resources)
+        program = devices.assemble(resources.devices)
+        parent = root / _PARENT
+        with doing(f"make cgroup {name}"):
+            parent.mkdir(mode=0o755, exist_ok=True)
+            _enable_controllers(root)
+            _enable_controllers(parent)
+            (parent / name).mkdir(mode=0o755)
+        cgroup = cls(parent / name)
+        with contextlib.ExitStack() as undo:
+            undo.callback(cgroup.remove)
+            for file, value in limits:
+                cgroup._set(file, value)
+            cgroup._attach(program)
+            undo.pop_all()
+        return cgroup
+
+    @property
+    def memory_events(self) -> Path:
+        """The file that the kernel marks as modified at every out-of-memory event."""
+        return self.path / "memory.events"
+
+    def oom_kills(self) -> int:
+        """Return how many processes of the container the kernel has killed for want of memory."""
+        return self._table("memory.events").get("oom_kill", 0)
+
+    def pids(self) -> list[int]:
+        """Return the processes in the leaf and in cgroups that the container made below it."""
+        found: list[int] = []
+        for directory in self._directories():
+            # A cgroup may go away between the listing and the reading.
+            with contextlib.suppress(OSError):
+                found += map(int, (directory / "cgroup.procs").read_text().split())
+        return sorted(set(found))
+
+    def kill(self) -> None:
+        """Send SIGKILL to every process in the leaf and below it, at once. Does nothing when it is gone."""
+        with doing(f"kill what is in cgroup {self.path.name}"), contextlib.suppress(FileNotFoundError):
+            _write(self.path / "cgroup.kill", "1")
+
+    def remove(self, *, timeout: float = _REMOVE_SECONDS) -> None:
+        """Wait until the leaf is empty (``timeout`` in seconds) and remove it. Does nothing when it is gone.
+
+        Raises Timeout when processes stay in it.
+        """
+        if not self.path.exists():
+            return
+        self._wait_empty(timeout)
+        with doing(f"remove cgroup {self.path.name}"):
+            for directory in reversed(self._directories()):
+                with contextlib.suppress(FileNotFoundError):
+                    directory.rmdir()
+
+    def stats(self) -> Stats:
+        """Return what the container has used."""
+        return Stats(self._cpu(), self._memory(), self._pids_stats(), self._io(), self._hugetlb())
+
+    def _set(self, file: str, value: str) -> None:
+        path = self.path / file
+        if file == "io.bfq.weight" and not path.exists():
+            path, value = self.path / "io.weight", _io_weight(value)
+        if file.startswith("memory.swap.") and value in ("0", "max") and not path.exists():
+            return  # no swap at all is both
+        if not path.exists():
+            raise Unsupported(f"cannot set {path.name} of cgroup {self.path.name}: the guest's kernel has no such file")
+        with doing(f"set {path.name} of cgroup {self.path.name} to {value[:64]!r}"):
+            _write(path, value)
+        if file.startswith("hugetlb."):
+            reserved = path.with_suffix(".rsvd.max")
+            if reserved.exists():
+                with doing(f"set {reserved.name} of cgroup {self.path.name}"):
+                    _write(reserved, value)
+
+    def _attach(self, program: bytes) -> None:
+        with doing(f"attach the device program to cgroup {self.path.name}"), contextlib.ExitStack() as stack:
+            directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, directory)
+            loaded = linux.bpf_load_device_program(program)
+            stack.callback(os.close, loaded)
+            linux.bpf_attach_device_program(directory, loaded)
+
+    def _wait_empty(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        with doing(f"watch cgroup {self.path.name}"), (self.path / "cgroup.events").open() as events:
+            poll = select.poll()
+            poll.register(events, select.POLLPRI)
+            while "populated 1" in events.read():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise Timeout(f"cgroup {self.path.name} still holds processes after {timeout:g} s")
+                poll.poll(left * 1000)
+                events.seek(0)
+
+    def _directories(self) -> list[Path]:
+        """Return the leaf and all cgroups below it, parents first."""
+        return [Path(directory) for directory, _, _ in os.walk(self.path)]
+
+    def _cpu(self) -> CpuStats:
+        table = self._table("cpu.stat")
+        keys = ("usage_usec", "user_usec", "system_usec", "nr_periods", "nr_throttled", "throttled_usec")
+        return CpuStats(*(table.get(key, 0) for key in keys))
+
+    def _memory(self) -> MemoryStats:
+        events = self._table("memory.events")
+        return MemoryStats(
+            usage_bytes=self._number("memory.current"),
+            limit_bytes=self._number("memory.max", missing=NO_LIMIT),
+            peak_bytes=self._number("memory.peak"),
+            swap_bytes=self._number("memory.swap.current"),
+            stat=self._table("memory.stat"),
+            oom_events=events.get("oom", 0),
+            oom_kills=events.get("oom_kill", 0),
+        )
+
+    def _pids_stats(self) -> PidsStats:
+        return PidsStats(self._number("pids.current"), self._number("pids.max", missing=NO_LIMIT))
+
+    def _io(self) -> tuple[IoStats, ...]:
+        found = []
+        for line in self._read("io.stat").splitlines():
+            device, *pairs = line.split()
+            major, _, minor = device.partition(":")
+            # A line without figures, or the figures of some I/O controllers alone, is legal.
+            table = {key: int(value) for key, _, value in (pair.partition("=") for pair in pairs) if value.isdigit()}
+            keys = ("rbytes", "wbytes", "rios", "wios")
+            found.append(IoStats(int(major), int(minor), *(table.get(key, 0) for key in keys)))
+        return tuple(found)
+
+    def _hugetlb(self) -> tuple[HugetlbStats, ...]:
+        found = []
+        for path in sorted(self.path.glob("hugetlb.*.current")):
+            if path.name.count(".") == 2:  # not hugetlb.2MB.rsvd.current
+                prefix = path.name.removesuffix(".current")
+                usage, limit = self._number(path.name), self._number(f"{prefix}.max", missing=NO_LIMIT)
+                failures = self._table(f"{prefix}.events").get("max", 0)
+                found.append(HugetlbStats(prefix.removeprefix("hugetlb."), usage, limit, failures))
+        return tuple(found)
+
+    def _read(self, file: str) -> str:
+        try:
+            return (self.path / file).read_text()
+        except FileNotFoundError:
+            return ""
+
+    def _number(self, file: str, *, missing: int = 0) -> int:
+        text = self._read(file).strip()
+        return NO_LIMIT if text == "max" else int(text or missing)
+
+    def _table(self, file: str) -> dict[str, int]:
+        return {key: int(value) for key, _, value in (line.partition(" ") for line in self._read(file).splitlines())}
+
+
+def _io_weight(value: str) -> str:
+    """Convert a weight of 10 to 1000, after a device or alone, to io.weight's 1 to 10000."""
+    *device, weight = value.split()
+    return " ".join([*device, str(1 + (int(weight) - 10) * 9999 // 990)])
+
+
+def _enable_controllers(directory: Path) -> None:
+    available = (directory / "cgroup.controllers").read_text().split()
+    enabled = (directory / "cgroup.subtree_control").read_text().split()
+    if missing := sorted({*available} - {*enabled}):
+        _write(directory / "cgroup.subtree_control", " ".join(f"+{name}" for name in missing))
+
+
+def _write(path: Path, value: str) -> None:
+    # One write, and never a new file: a cgroup file's value is what one write(2) carries.
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)

@@ -1,0 +1,237 @@
+"""One container: its cgroup, its init and the processes started in it later, and which verbs are legal when.
+
+How a container is built is `child`'s business, inside the new process; limits are `cgroups`'. This module keeps the
+life cycle of runtime-spec (creating, created, running, stopped), where every state follows from what exists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from katapy_agent import cgroups, child, config, procfs
+from katapy_agent.errors import AlreadyExists, InvalidArgument, InvalidState, NotFound, Timeout, Unavailable
+from katapy_agent.events import Events, Exit, OutOfMemory
+from katapy_agent.exchange import Exchange
+from katapy_agent.launcher import Launcher
+from katapy_agent.oom import FileWatch
+from katapy_agent.process import Process, check_signal
+from katapy_agent.procfs import ProcessFacts
+from katapy_agent.reaper import Reaper
+from katapy_agent.stdio import Stdio, Streams
+
+_EXECS_MAX: Final = 512  # running in one container
+_ENDED_MAX: Final = 1024  # whose exit status is kept
+_KILL_DEADLINE: Final = 10.0
+_LIST_BYTES: Final = 2 << 20  # of commands in one answer
+
+
+class State(StrEnum):
+    """Where a container is in its life (runtime-spec, runtime.md, "State")."""
+
+    CREATING = "creating"
+    CREATED = "created"
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Services:
+    """What every container uses of the agent."""
+
+    launcher: Launcher
+    reaper: Reaper
+    exchange: Exchange
+    events: Events
+    files: FileWatch
+
+
+class Container:
+    """A container; it exists from the first moment of its creation until it was removed."""
+
+    def __init__(self, container_id: str, services: Services) -> None:
+        self.id = container_id
+        self._services = services
+        self._changing = asyncio.Lock()  # held while processes are started, or all removed
+        self._cgroup: cgroups.Cgroup | None = None
+        self._spec: config.Spec | None = None
+        self._init: Process | None = None
+        self._started = False
+        self._removed = False
+        self._execs: dict[str, Process] = {}
+        self._oom_kills = 0
+
+    @property
+    def state(self) -> State:
+        """The state now."""
+        if self._init is None:
+            return State.CREATING
+        if self._init.exit_status is not None:
+            return State.STOPPED
+        return State.RUNNING if self._started else State.CREATED
+
+    async def build(self, spec: config.Spec, streams: Streams) -> int:
+        """Build the container up to an init that waits for `start`; return init's pid. Leaves nothing on failure."""
+        if spec.process is None:
+            raise InvalidArgument(f"container {self.id}: config.json has no process")
+        if streams.terminal != spec.process.terminal:
+            raise InvalidArgument(f"container {self.id}: config.json and the streams disagree about the terminal")
+        async with AsyncExitStack() as undo:
+            stdio = await Stdio.connect(self._services.exchange, streams)
+            undo.callback(stdio.close)
+            cgroup = cgroups.Cgroup.create(self.id, spec.linux.resources)
+            undo.push_async_callback(asyncio.to_thread, cgroup.remove)
+            undo.callback(cgroup.kill)
+            plan = child.plan_init(
+                spec, container_id=self.id, cgroup=str(cgroup.path), rows=streams.rows, columns=streams.columns
+            )
+            init = await Process.build(self._services.launcher, self._services.reaper, plan, stdio)
+            undo.pop_all()
+        self._spec, self._cgroup, self._init = spec, cgroup, init
+        init.when_ended(self._init_ended)
+        with contextlib.suppress(FileNotFoundError):  # a kernel without the memory controller
+            self._services.files.add(str(cgroup.memory_events), self._memory_events_changed)
+        return init.pid
+
+    async def start(self) -> None:
+        """Let init execute its program."""
+        async with self._changing:
+            init = self._require(State.CREATED)
+            self._started = True
+            await init.execute()
+
+    async def exec(self, exec_id: str, process: config.Process, streams: Streams) -> int:
+        """Start one more process and return its pid. The name of one that has ended may be used again."""
+        if streams.terminal != process.terminal:
+            raise InvalidArgument(f"process {exec_id}: its description and its streams disagree about the terminal")
+        self._require(State.RUNNING)
+        with ExitStack() as undo:
+            stdio = await Stdio.connect(self._services.exchange, streams)
+            undo.callback(stdio.close)
+            async with self._changing:
+                init = self._require(State.RUNNING)
+                self._check_name(exec_id)
+                assert self._spec is not None
+                plan = child.plan_exec(
+                    process,
+                    spec=self._spec,
+                    init_pid=init.pid,
+                    cgroup=str(self.cgroup.path),
+                    rows=streams.rows,
+                    columns=streams.columns,
+                )
+                started = await Process.build(self._services.launcher, self._services.reaper, plan, stdio)
+                await started.execute()
+                self._execs.pop(exec_id, None)  # the newest is last: the oldest ended ones are forgotten first
+                self._execs[exec_id] = started
+            undo.pop_all()
+        started.when_ended(lambda: self._exec_ended(exec_id, started))
+        return started.pid
+
+    def process(self, exec_id: str) -> Process:
+        """Return the process called ``exec_id``, the container's init for an empty one. Raises NotFound."""
+        if exec_id:
+            if exec_id not in self._execs:
+                raise NotFound(f"container {self.id} has no process {exec_id!r}")
+            return self._execs[exec_id]
+        if self._init is None:
+            raise InvalidState(f"container {self.id} is creating")
+        return self._init
+
+    def signal_all(self, number: int) -> None:
+        """Send a signal to every process of the container; to none, where all have ended."""
+        check_signal(number)
+        if number == signal.SIGKILL:
+            self.cgroup.kill()
+            return
+        for pid in self.cgroup.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def stats(self) -> cgroups.Stats:
+        """Return what the container uses."""
+        return self.cgroup.stats()
+
+    def processes(self) -> list[tuple[ProcessFacts, str]]:
+        """Return the container's processes, each with its exec id where it was started by `exec`."""
+        pids = self.cgroup.pids()
+        exec_ids = {process.pid: exec_id for exec_id, process in self._execs.items() if process.exit_status is None}
+        command_max = min(procfs.COMMAND_MAX, _LIST_BYTES // max(len(pids), 1))
+        facts = [procfs.describe(pid, command_max=command_max) for pid in pids]
+        return [(fact, exec_ids.get(fact.pid, "")) for fact in facts if fact is not None]
+
+    def oom_killed(self) -> bool:
+        """Tell whether the kernel has killed a process of the container because of a memory limit."""
+        self._memory_events_changed()
+        return self._oom_kills > 0
+
+    async def remove(self) -> None:
+        """Kill what is left, end all streams, remove the cgroup. Idempotent.
+
+        Raises InvalidState while the container is created, Timeout when a process cannot be killed.
+        """
+        self.cgroup.kill()
+        async with self._changing:
+            if self._removed:
+                return
+            self.cgroup.kill()  # a process that was being started got past the first one
+            processes = [self.process(""), *self._execs.values()]
+            try:
+                async with asyncio.timeout(_KILL_DEADLINE):
+                    for process in processes:
+                        await process.wait()
+            except TimeoutError:
+                raise Timeout(f"container {self.id}: processes survive SIGKILL for {_KILL_DEADLINE:g} s") from None
+            self.oom_killed()
+            for process in processes:
+                process.stdio.close()
+            await asyncio.to_thread(self.cgroup.remove)
+            self._removed = True
+
+    @property
+    def cgroup(self) -> cgroups.Cgroup:
+        """The container's cgroup. Raises InvalidState while there is none."""
+        if self._cgroup is None:
+            raise InvalidState(f"container {self.id} is {State.CREATING}")
+        return self._cgroup
+
+    def _require(self, state: State) -> Process:
+        """Return the container's init. Raises InvalidState in any other state."""
+        if self._init is None or self.state is not state:
+            raise InvalidState(f"container {self.id} is {self.state}, not {state}")
+        return self._init
+
+    def _check_name(self, exec_id: str) -> None:
+        running = [name for name, process in self._execs.items() if process.exit_status is None]
+        if exec_id in running:
+            raise AlreadyExists(f"container {self.id} already has a process {exec_id!r}")
+        if len(running) >= _EXECS_MAX:
+            raise Unavailable(f"container {self.id} already runs {_EXECS_MAX} processes of the host's")
+
+    def _init_ended(self) -> None:
+        # With a PID namespace of its own the kernel has killed the rest already.
+        self.cgroup.kill()
+        self._publish_end("", self.process(""))
+
+    def _exec_ended(self, exec_id: str, process: Process) -> None:
+        self._publish_end(exec_id, process)
+        ended = [name for name, other in self._execs.items() if other.exit_status is not None]
+        for name in ended[:-_ENDED_MAX]:
+            del self._execs[name]
+
+    def _publish_end(self, exec_id: str, process: Process) -> None:
+        assert process.exit_status is not None
+        self._memory_events_changed()
+        self._services.events.publish(Exit(self.id, exec_id, process.exit_status))
+
+    def _memory_events_changed(self) -> None:
+        kills = self.cgroup.oom_kills()
+        if kills > self._oom_kills:
+            self._oom_kills = kills
+            self._services.events.publish(OutOfMemory(self.id))

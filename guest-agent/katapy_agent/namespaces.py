@@ -1,0 +1,155 @@
+"""Namespaces of a container: joining, making, mapping user ids.
+
+A process that has been here is in all of its namespaces but the new PID and time ones: those begin with its child.
+The network namespace is always the VM's, whatever the specification's entry says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from katapy_agent import linux
+from katapy_agent.config import IDMapping, Namespace, NamespaceType, TimeOffset, sysctl_path
+from katapy_agent.errors import Internal, doing
+
+# User first: it owns those that are made after it.
+_FLAGS: Final = {
+    NamespaceType.USER: linux.CLONE_NEWUSER,
+    NamespaceType.MOUNT: linux.CLONE_NEWNS,
+    NamespaceType.UTS: linux.CLONE_NEWUTS,
+    NamespaceType.IPC: linux.CLONE_NEWIPC,
+    NamespaceType.CGROUP: linux.CLONE_NEWCGROUP,
+    NamespaceType.TIME: linux.CLONE_NEWTIME,
+    NamespaceType.PID: linux.CLONE_NEWPID,
+}
+
+
+def enter(
+    namespaces: Sequence[Namespace],
+    uid_mappings: Sequence[IDMapping],
+    gid_mappings: Sequence[IDMapping],
+    time_offsets: Mapping[str, TimeOffset],
+) -> None:
+    """Join the namespaces that have a path and make the others, and a cgroup namespace in any case.
+
+    Without a cgroup namespace a container would see every other container's cgroup. Raises KatapyError.
+    """
+    paths = {NamespaceType(each.type): each.path for each in namespaces}
+    paths.setdefault(NamespaceType.CGROUP, "")
+    ordered = [(type_, paths[type_]) for type_ in _FLAGS if type_ in paths]
+    # All are opened before the first is joined: in a new user or mount namespace the paths may mean nothing.
+    opened = [(type_, _open(type_, path)) for type_, path in ordered if path]
+    for type_, fd in opened:
+        with doing(f"join the {type_} namespace {paths[type_]}"):
+            linux.setns(fd, _FLAGS[type_])
+        os.close(fd)
+        if type_ is NamespaceType.USER:
+            become_root()
+    new = [type_ for type_, path in ordered if not path]
+    if NamespaceType.USER in new:
+        new.remove(NamespaceType.USER)
+        _enter_new_user_namespace(uid_mappings, gid_mappings)
+    for type_ in new:
+        with doing(f"make a {type_} namespace"):
+            linux.unshare(_FLAGS[type_])
+    for clock, offset in time_offsets.items():
+        with doing(f"set the {clock} clock of the time namespace"):
+            _write("/proc/self/timens_offsets", f"{clock} {offset.secs} {offset.nanosecs}")
+
+
+def join(pid: int, types: Sequence[NamespaceType]) -> None:
+    """Join the namespaces of these types of process ``pid``, in one step. Raises KatapyError."""
+    flags = sum(_FLAGS[type_] for type_ in _FLAGS if type_ in types)
+    with doing("join the namespaces of the container"):
+        pidfd = os.pidfd_open(pid)
+        try:
+            linux.setns(pidfd, flags)
+        finally:
+            os.close(pidfd)
+    if NamespaceType.USER in types:
+        become_root()
+
+
+def joined_types(namespaces: Sequence[Namespace]) -> tuple[NamespaceType, ...]:
+    """Return the types of namespace that a container with these entries has for itself; see ``enter``."""
+    types = {NamespaceType(each.type) for each in namespaces} | {NamespaceType.CGROUP}
+    return tuple(type_ for type_ in _FLAGS if type_ in types)
+
+
+def become_root() -> None:
+    """Become user and group 0 of the user namespace that was just entered."""
+    with doing("become root of the user namespace"):
+        os.setresgid(0, 0, 0)
+        os.setgroups([])
+        os.setresuid(0, 0, 0)
+
+
+def write_sysctls(proc_sys: int, values: Mapping[str, str]) -> None:
+    """Set kernel parameters of the namespaces that this process is in.
+
+    ``proc_sys`` is the VM's own /proc/sys, opened before anything of the container existed. Raises KatapyError.
+    """
+    resolve = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_XDEV
+    for name, value in values.items():
+        with doing(f"set sysctl {name}"):
+            fd = linux.openat2(proc_sys, sysctl_path(name), os.O_WRONLY, resolve=resolve)
+            try:
+                if linux.fstatfs_type(fd) != linux.PROC_SUPER_MAGIC:
+                    raise Internal(f"cannot set sysctl {name}: /proc/sys is not a proc file system")
+                os.write(fd, value.encode())
+            finally:
+                os.close(fd)
+
+
+def _open(type_: NamespaceType, path: str) -> int:
+    with doing(f"open the {type_} namespace {path}"):
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _enter_new_user_namespace(uid_mappings: Sequence[IDMapping], gid_mappings: Sequence[IDMapping]) -> None:
+    # The maps are written by a process that stays behind, for it keeps its capabilities over the parent namespace;
+    # so setgroups(2) stays allowed.
+    ready, entered = os.pipe()
+    me = os.getpid()
+    mapper = os.fork()
+    if mapper == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            os.close(entered)
+            if os.read(ready, 1):
+                _write(f"/proc/{me}/uid_map", _map_lines(uid_mappings))
+                _write(f"/proc/{me}/gid_map", _map_lines(gid_mappings))
+                status = 0
+        os._exit(status)
+    os.close(ready)
+    with doing("make a user namespace"):
+        linux.unshare(linux.CLONE_NEWUSER)
+    os.write(entered, b".")
+    os.close(entered)
+    _reap(mapper)
+    become_root()
+
+
+def _reap(mapper: int) -> None:
+    # The zygote ignores SIGCHLD, and so do we: the kernel reaps the mapper, and its end is all that waitpid tells.
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(mapper, 0)
+    with doing("read the id maps of the user namespace"):
+        if not Path("/proc/self/gid_map").read_text():
+            raise Internal("cannot write the id maps of the user namespace")
+
+
+def _map_lines(mappings: Sequence[IDMapping]) -> str:
+    return "".join(f"{each.container_id} {each.host_id} {each.size}\n" for each in mappings)
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)

@@ -1,0 +1,43 @@
+"""What /proc says about a process, for lists of processes. All of it is the container's to choose: data, bounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+COMMAND_MAX: Final = 4096
+
+
+@dataclass(frozen=True)
+class ProcessFacts:
+    """A process as its container's ``ps`` would show it."""
+
+    pid: int
+    container_pid: int
+    uid: int
+    command: str
+
+
+def describe(pid: int, *, command_max: int = COMMAND_MAX) -> ProcessFacts | None:
+    """Return the facts about ``pid`` (proc(5)), its command cut to ``command_max`` bytes; None if it is gone."""
+    directory = Path("/proc", str(pid))
+    try:
+        status = (directory / "status").read_text(errors="replace")
+        with (directory / "cmdline").open("rb") as file:
+            command = file.read(command_max)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return parse(pid, status, command)
+
+
+def parse(pid: int, status: str, cmdline: bytes) -> ProcessFacts:
+    """Return what ``status`` and ``cmdline`` (possibly cut) say; what has no command shows its name in brackets."""
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    command = b" ".join(cmdline.rstrip(b"\0").split(b"\0")).decode(errors="replace")
+    return ProcessFacts(
+        pid=pid,
+        container_pid=int(fields["NSpid"].split()[-1]),
+        uid=int(fields["Uid"].split()[0]),
+        command=command or f"[{fields['Name'].strip()}]",
+    )

@@ -1,0 +1,94 @@
+"""The sandbox: what the containers of one VM share, and the containers by their ids."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Final
+
+from katapy_agent import config, machine, storage
+from katapy_agent.container import Container, Services, State
+from katapy_agent.errors import AlreadyExists, InvalidArgument, InvalidState, NotFound, doing
+from katapy_agent.stdio import Streams
+
+_ID: Final = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]{0,127}")
+_RESOLV_CONF_MAX: Final = 64 << 10
+_CONTAINERS_MAX: Final = 256
+
+
+class Sandbox:
+    """The one sandbox of this VM."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._containers: dict[str, Container] = {}
+        self._created = False
+
+    async def create(self, *, hostname: str, resolv_conf: str, shared_tag: str) -> None:
+        """Prepare the pod; an empty argument leaves its thing alone. Once only: raises AlreadyExists."""
+        if self._created:
+            raise AlreadyExists("sandbox is already created")
+        if len(resolv_conf) > _RESOLV_CONF_MAX:
+            raise InvalidArgument(f"resolv.conf is longer than {_RESOLV_CONF_MAX} characters")
+        self._created = True
+        try:
+            if hostname:
+                machine.set_hostname(hostname)
+            if resolv_conf:
+                with doing("write resolv.conf"):
+                    (storage.RUN / "resolv.conf").write_text(resolv_conf)
+            if shared_tag:
+                await asyncio.to_thread(storage.mount_shared, shared_tag)
+        except BaseException:
+            self._created = False
+            raise
+
+    async def destroy(self) -> None:
+        """Remove all containers, write everything back and unmount what is shared. Idempotent.
+
+        Does all it can before it raises the first failure.
+        """
+        self._created = False
+        removals = [self.remove_container(container_id) for container_id in self._containers]
+        failures = [each for each in await asyncio.gather(*removals, return_exceptions=True) if each]
+        await asyncio.to_thread(storage.unmount_shared)
+        for failure in failures:
+            raise failure
+
+    def container(self, container_id: str) -> Container:
+        """Return a container. Raises NotFound."""
+        if container_id not in self._containers:
+            raise NotFound(f"container {container_id!r} does not exist")
+        return self._containers[container_id]
+
+    async def create_container(self, container_id: str, spec: bytes, streams: Streams) -> int:
+        """Build a container from its config.json and return the pid of its init, which waits to be started."""
+        check_id(container_id)
+        if not self._created:
+            raise InvalidState("there is no sandbox yet")
+        if container_id in self._containers:
+            raise AlreadyExists(f"container {container_id!r} already exists")
+        if len(self._containers) >= _CONTAINERS_MAX:
+            raise InvalidState(f"sandbox already has {_CONTAINERS_MAX} containers")
+        container = self._containers[container_id] = Container(container_id, self._services)
+        try:
+            return await container.build(config.parse_spec(spec), streams)
+        except BaseException:
+            del self._containers[container_id]
+            raise
+
+    async def remove_container(self, container_id: str) -> None:
+        """Remove a container, killing what is left of it; one that does not exist is removed already."""
+        container = self._containers.get(container_id)
+        if container is None:
+            return
+        if container.state is State.CREATING:
+            raise InvalidState(f"container {container_id} is creating")
+        await container.remove()
+        self._containers.pop(container_id, None)
+
+
+def check_id(name: str) -> None:
+    """Raise InvalidArgument unless ``name`` may be the id of a container or of a process in one."""
+    if not _ID.fullmatch(name):
+        raise InvalidArgument(f"not an id: {name[:140]!r}")

@@ -1,0 +1,221 @@
+"""The gRPC service of agent.proto: turns messages into calls of the sandbox and errors into statuses, and no more.
+
+The handlers are made from the descriptor of the service, so that every method of agent.proto must have its namesake
+here, or the agent does not start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import re
+import socket
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
+
+from katapy_agent import agent_pb2 as pb
+from katapy_agent import config, machine, relay, sandbox
+from katapy_agent.container import Container, Services
+from katapy_agent.errors import InvalidArgument, KatapyError, Unavailable, rpc_code
+from katapy_agent.events import Event, Events, Exit, SubscriberTooSlow
+from katapy_agent.exchange import Exchange
+from katapy_agent.launcher import Launcher
+from katapy_agent.oom import FileWatch
+from katapy_agent.process import Process
+from katapy_agent.reaper import Reaper
+from katapy_agent.stdio import Streams
+
+_MESSAGE_MAX: Final = 4 << 20
+_METADATA_MAX: Final = 16 << 10
+_STREAMS_MAX: Final = 1024
+_DETAILS_MAX: Final = 2048
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", _MESSAGE_MAX),
+    ("grpc.max_metadata_size", _METADATA_MAX),
+    ("grpc.absolute_max_metadata_size", _METADATA_MAX),
+    ("grpc.max_concurrent_streams", _STREAMS_MAX),
+)
+_STATUS: Final = {code.value[0]: code for code in grpc.StatusCode}
+_EMPTY: Final = pb.Empty()
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AgentService:
+    """One method per RPC of agent.proto, under its name in snake case; agent.proto says what each does."""
+
+    def __init__(self, pod: sandbox.Sandbox, events: Events) -> None:
+        self._sandbox = pod
+        self._events = events
+
+    async def get_guest_details(self, _request: pb.Empty) -> pb.GuestDetails:
+        return pb.GuestDetails(**dataclasses.asdict(machine.facts()))
+
+    async def create_sandbox(self, request: pb.CreateSandboxRequest) -> pb.Empty:
+        await self._sandbox.create(
+            hostname=request.hostname, resolv_conf=request.resolv_conf, shared_tag=request.shared_tag
+        )
+        return _EMPTY
+
+    async def destroy_sandbox(self, _request: pb.Empty) -> pb.Empty:
+        await self._sandbox.destroy()
+        return _EMPTY
+
+    async def set_guest_date_time(self, request: pb.SetGuestDateTimeRequest) -> pb.Empty:
+        machine.set_time(request.seconds, request.nanoseconds)
+        return _EMPTY
+
+    async def reseed_random(self, request: pb.ReseedRandomRequest) -> pb.Empty:
+        machine.reseed(request.data)
+        return _EMPTY
+
+    async def create_container(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
+        pid = await self._sandbox.create_container(request.container_id, request.spec, _streams(request.stdio))
+        return pb.CreateContainerResponse(pid=pid)
+
+    async def start_container(self, request: pb.StartContainerRequest) -> pb.Empty:
+        await self._container(request).start()
+        return _EMPTY
+
+    async def exec_process(self, request: pb.ExecProcessRequest) -> pb.ExecProcessResponse:
+        sandbox.check_id(request.exec_id)
+        process = config.parse_process(request.process)
+        pid = await self._container(request).exec(request.exec_id, process, _streams(request.stdio))
+        return pb.ExecProcessResponse(pid=pid)
+
+    async def signal_process(self, request: pb.SignalProcessRequest) -> pb.Empty:
+        if not request.all:
+            self._process(request).signal(request.signal)
+        elif request.exec_id:
+            raise InvalidArgument("a signal to all processes names no process")
+        else:
+            self._container(request).signal_all(request.signal)
+        return _EMPTY
+
+    async def wait_process(self, request: pb.WaitProcessRequest) -> pb.WaitProcessResponse:
+        status = await self._process(request).wait()
+        return pb.WaitProcessResponse(exit_status=status, oom_killed=self._container(request).oom_killed())
+
+    async def remove_container(self, request: pb.RemoveContainerRequest) -> pb.Empty:
+        await self._sandbox.remove_container(request.container_id)
+        return _EMPTY
+
+    async def tty_win_resize(self, request: pb.TtyWinResizeRequest) -> pb.Empty:
+        self._process(request).stdio.resize(request.rows, request.columns)
+        return _EMPTY
+
+    async def close_stdin(self, request: pb.CloseStdinRequest) -> pb.Empty:
+        self._process(request).stdio.close_stdin()
+        return _EMPTY
+
+    async def stats_container(self, request: pb.StatsContainerRequest) -> pb.StatsContainerResponse:
+        return pb.StatsContainerResponse(**dataclasses.asdict(self._container(request).stats()))
+
+    async def list_processes(self, request: pb.ListProcessesRequest) -> pb.ListProcessesResponse:
+        listed = self._container(request).processes()
+        return pb.ListProcessesResponse(
+            pids=[facts.pid for facts, _ in listed],
+            processes=[pb.ProcessInfo(**dataclasses.asdict(facts), exec_id=exec_id) for facts, exec_id in listed],
+        )
+
+    async def events(self, _request: pb.Empty) -> AsyncIterator[pb.Event]:
+        async for event in self._events.subscribe():
+            yield _event(event)
+
+    def _container(self, request: Any) -> Container:
+        return self._sandbox.container(request.container_id)
+
+    def _process(self, request: Any) -> Process:
+        return self._container(request).process(request.exec_id)
+
+
+async def serve(
+    *, launcher: Launcher, control: socket.socket, stdio: socket.socket, path: str, ready: Callable[[], object]
+) -> NoReturn:
+    """Serve the host until something that the agent cannot do without fails, which is raised.
+
+    ``control`` and ``stdio`` are the listeners for gRPC and for streams, ``path`` is where the gRPC server's own unix
+    socket goes, in a directory that only root may enter. ``ready`` is called when the host may call.
+    """
+    reaper, exchange, events = Reaper(), Exchange(), Events()
+    services = Services(launcher, reaper, exchange, events, FileWatch())
+    server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=_STREAMS_MAX)
+    server.add_generic_rpc_handlers((_handlers(AgentService(sandbox.Sandbox(services), events)),))
+    server.add_insecure_port(f"unix:{path}")
+    await server.start()
+    launcher_ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    reaper.watch(launcher.pid, launcher_ended.set_result)
+    reaper.start()
+    async with asyncio.TaskGroup() as parts:
+        parts.create_task(relay.serve(control, path), name="relay")
+        parts.create_task(exchange.serve(stdio), name="stdio")
+        ready()
+        status = await launcher_ended
+        raise Unavailable(f"launcher ended with status {status}")
+
+
+def _handlers(service: AgentService) -> grpc.GenericRpcHandler:
+    descriptor = pb.DESCRIPTOR.services_by_name["Agent"]
+    methods = {method.name: _handler(method, getattr(service, _snake(method.name))) for method in descriptor.methods}
+    return grpc.method_handlers_generic_handler(descriptor.full_name, methods)
+
+
+def _handler(method: MethodDescriptor, call: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    decode = GetMessageClass(method.input_type).FromString
+    encode = GetMessageClass(method.output_type).SerializeToString
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(_streaming(call), decode, encode)
+    return grpc.unary_unary_rpc_method_handler(_unary(call), decode, encode)
+
+
+def _unary(call: Callable[[Any], Awaitable[Any]]) -> Any:
+    async def handle(request: Any, context: _Context) -> Any:
+        try:
+            return await call(request)
+        except Exception as error:
+            await _abort(context, error)
+
+    return handle
+
+
+def _streaming(call: Callable[[Any], AsyncIterator[Any]]) -> Any:
+    async def handle(request: Any, context: _Context) -> AsyncIterator[Any]:
+        try:
+            async for answer in call(request):
+                yield answer
+        except Exception as error:
+            await _abort(context, error)
+
+    return handle
+
+
+async def _abort(context: _Context, error: Exception) -> NoReturn:
+    """End a call with the status of ``error``; what is not a KatapyError is a bug, and goes to the console too."""
+    if isinstance(error, SubscriberTooSlow):
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "events were not read in time")
+    if not isinstance(error, KatapyError):
+        traceback.print_exception(error)
+    name = type(error).__name__ if isinstance(error, KatapyError) else "Internal"
+    message = str(error) if isinstance(error, KatapyError) else f"{type(error).__name__}: {error}"
+    details = " ".join(message.split())[:_DETAILS_MAX]
+    await context.abort(_STATUS[rpc_code(error)], details, (("katapy-error", name),))
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower()
+
+
+def _streams(stdio: pb.Stdio) -> Streams:
+    return Streams(stdio.terminal, stdio.stdin, stdio.stdout, stdio.stderr, stdio.rows, stdio.columns)
+
+
+def _event(event: Event) -> pb.Event:
+    if isinstance(event, Exit):
+        return pb.Event(exit=pb.ExitEvent(**dataclasses.asdict(event)))
+    return pb.Event(oom=pb.OomEvent(**dataclasses.asdict(event)))

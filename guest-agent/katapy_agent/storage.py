@@ -1,0 +1,75 @@
+"""Mounts of the guest itself: what a root needs, and the directory that the host shares. Containers' are `mounts`'."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from katapy_agent import linux
+from katapy_agent.errors import doing
+
+RUN: Final = Path("/run/katapy")
+SHARED: Final = RUN / "shared"
+
+_LOCKED: Final = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV | linux.MOUNT_ATTR_NOEXEC
+
+
+def mount(
+    fstype: str, target: Path, attributes: int = 0, *, source: str = "", options: Mapping[str, str | None] | None = None
+) -> None:
+    """Mount a new file system on the directory ``target``, made where it is missing. Raises KatapyError."""
+    with doing(f"mount {fstype} on {target}"):
+        target.mkdir(parents=True, exist_ok=True)
+        context = linux.fsopen(fstype)
+        try:
+            linux.fsconfig_set(context, "source", source or fstype)
+            for key, value in (options or {}).items():
+                linux.fsconfig_set(context, key, value)
+            linux.fsconfig_create(context)
+            tree = linux.fsmount(context, attributes)
+        finally:
+            os.close(context)
+        _attach(tree, target)
+
+
+def mount_root_file_systems() -> None:
+    """Mount what every root has below it. /dev may be there already: the kernel or the initramfs mounts it."""
+    nosuid_nodev = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
+    mount("proc", Path("/proc"), _LOCKED)
+    mount("sysfs", Path("/sys"), _LOCKED)
+    if not os.path.ismount("/dev"):
+        mount("devtmpfs", Path("/dev"), linux.MOUNT_ATTR_NOSUID, options={"mode": "0755"})
+    pts = {"newinstance": None, "ptmxmode": "0666", "mode": "0620", "gid": "5"}
+    mount("devpts", Path("/dev/pts"), linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NOEXEC, options=pts)
+    mount("tmpfs", Path("/dev/shm"), nosuid_nodev, options={"mode": "1777"})
+    mount("mqueue", Path("/dev/mqueue"), _LOCKED)
+    mount("tmpfs", Path("/run"), nosuid_nodev, options={"mode": "0755"})
+    mount("tmpfs", Path("/tmp"), nosuid_nodev, options={"mode": "1777"})
+    mount("cgroup2", Path("/sys/fs/cgroup"), _LOCKED, options={"nsdelegate": None})
+    RUN.mkdir(mode=0o700)
+
+
+def mount_shared(tag: str) -> None:
+    """Mount the host's virtio-fs share called ``tag`` at SHARED. Raises KatapyError."""
+    mount("virtiofs", SHARED, linux.MOUNT_ATTR_NODEV | linux.MOUNT_ATTR_NOSUID, source=tag)
+
+
+def unmount_shared() -> None:
+    """Write everything back and unmount the host's share, where it is mounted. Raises KatapyError."""
+    os.sync()
+    if os.path.ismount(SHARED):
+        with doing(f"unmount {SHARED}"):
+            linux.umount(str(SHARED), linux.MNT_DETACH)
+
+
+def _attach(tree: int, target: Path) -> None:
+    try:
+        place = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            linux.move_mount(tree, place)
+        finally:
+            os.close(place)
+    finally:
+        os.close(tree)

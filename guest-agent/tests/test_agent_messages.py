@@ -1,0 +1,173 @@
+"""Small borders of the agent's core: who is the host, what /proc says, what a process reports, how errors travel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import pytest
+from katapy_agent import agent_pb2 as pb
+from katapy_agent import errors, procfs, sandbox, server
+from katapy_agent.events import Events
+from katapy_agent.launcher import Console, Control, Forked, Ready
+from katapy_agent.machine import reseed, set_hostname, set_time
+from katapy_agent.vsock import is_host
+
+
+@pytest.mark.parametrize(
+    ("peer", "admitted"),
+    [
+        ((2, 1), True),
+        ((2, 1023), True),
+        ((2, 1024), False),
+        ((2, 0xFFFFFFFF), False),
+        ((1, 1023), False),
+        ((3, 1023), False),
+        ((0, 0), False),
+        ("", False),
+    ],
+)
+def test_only_the_hosts_reserved_ports_are_the_host(peer: object, admitted: bool) -> None:
+    assert is_host(socket.AF_VSOCK, peer) is admitted
+
+
+STATUS = "Name:\tsleep\nUmask:\t0022\nUid:\t1000\t0\t0\t0\nNSpid:\t77\t5\t1\n"
+
+
+def test_process_facts() -> None:
+    facts = procfs.parse(77, STATUS, b"sleep\x0010\0")
+    assert (facts.pid, facts.container_pid, facts.uid, facts.command) == (77, 1, 1000, "sleep 10")
+    assert procfs.parse(77, STATUS, b"").command == "[sleep]"
+    assert procfs.parse(77, STATUS, b"\xff\0").command == "\ufffd"
+
+
+def test_process_that_is_gone_has_no_facts() -> None:
+    assert procfs.describe(2**22 + 1) is None
+
+
+@pytest.fixture
+async def control() -> AsyncIterator[tuple[Control, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    reports = Control(ours)
+    with theirs:
+        yield reports, theirs
+    reports.close()
+
+
+async def test_reports_of_a_process(control: tuple[Control, socket.socket]) -> None:
+    reports, process = control
+    process.send(b'{"pid": 44}')
+    assert await reports.report() == Forked(44)
+    null = os.open(os.devnull, os.O_RDWR)
+    socket.send_fds(process, [b'{"console": true}'], [null])
+    os.close(null)
+    console = await reports.report()
+    assert isinstance(console, Console)
+    assert os.readlink(f"/proc/self/fd/{console.master}") == os.devnull
+    assert not os.get_inheritable(console.master)
+    os.close(console.master)
+    process.send(b'{"ready": true}')
+    assert await reports.report() == Ready()
+    reports.start()
+    assert process.recv(100) == b'{"start": true}'
+    process.close()
+    assert await reports.report() is None
+    reports.start()
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (b'{"error": {"kind": "CommandNotFound", "message": "exec: x"}}', errors.CommandNotFound),
+        (b'{"error": {"kind": "SystemExit", "message": "exec: x"}}', errors.Internal),
+        (b'{"pid": 1}', errors.Internal),
+        (b'{"pid": "7"}', errors.Internal),
+        (b'{"console": true}', errors.Internal),
+        (b"[]", errors.Internal),
+        (b"\xff", errors.Internal),
+    ],
+)
+async def test_error_reports(
+    control: tuple[Control, socket.socket], message: bytes, kind: type[errors.KatapyError]
+) -> None:
+    reports, process = control
+    process.send(message)
+    with pytest.raises(kind) as error:
+        await reports.report()
+    assert type(error.value) is kind
+
+
+async def test_descriptors_of_a_bad_report_are_closed(control: tuple[Control, socket.socket]) -> None:
+    reports, process = control
+    reading, writing = os.pipe()
+    socket.send_fds(process, [b'{"ready": true}'], [writing])
+    os.close(writing)
+    with pytest.raises(errors.Internal):
+        await reports.report()
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\nb", "-a", "x" * 129, "ü"])
+def test_ids_that_cannot_be(name: str) -> None:
+    with pytest.raises(errors.InvalidArgument):
+        sandbox.check_id(name)
+
+
+def test_machine_refuses_nonsense() -> None:
+    calls: tuple[Callable[[], None], ...] = (
+        lambda: reseed(b""),
+        lambda: reseed(b"x" * 513),
+        lambda: set_time(-1, 0),
+        lambda: set_time(0, 1_000_000_000),
+        lambda: set_time(2**63 - 1, 0),
+        lambda: set_hostname("a\nb"),
+        lambda: set_hostname("x" * 65),
+    )
+    for refused in calls:
+        with pytest.raises(errors.InvalidArgument):
+            refused()
+
+
+class Context:
+    """Stands in for a call: records how it is ended."""
+
+    async def abort(self, code: grpc.StatusCode, details: str, metadata: tuple[tuple[str, str], ...] = ()) -> None:
+        self.ended = code, details, metadata
+        raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "details", "name"),
+    [
+        (errors.CommandNotFound("exec: x"), grpc.StatusCode.NOT_FOUND, "exec: x", "CommandNotFound"),
+        (errors.InvalidState("two\nlines"), grpc.StatusCode.FAILED_PRECONDITION, "two lines", "InvalidState"),
+        (ZeroDivisionError("a\nb"), grpc.StatusCode.INTERNAL, "ZeroDivisionError: a b", "Internal"),
+        (errors.Internal("x" * 9999), grpc.StatusCode.INTERNAL, "x" * 2048, "Internal"),
+    ],
+)
+async def test_errors_become_statuses(
+    error: Exception, code: grpc.StatusCode, details: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def fail(_request: object) -> None:
+        raise error
+
+    context = Context()
+    with contextlib.suppress(asyncio.CancelledError):
+        await server._unary(fail)(None, context)
+    assert context.ended == (code, details, (("katapy-error", name),))
+    assert ("Traceback" in capsys.readouterr().err) is not isinstance(error, errors.KatapyError)
+
+
+def test_every_method_of_the_service_is_served() -> None:
+    pod: Any = None
+    handlers = server._handlers(server.AgentService(pod, Events()))
+    for method in pb.DESCRIPTOR.services_by_name["Agent"].methods:
+        details: Any = type("Details", (), {"method": f"/katapy.agent.v1.Agent/{method.name}"})
+        assert handlers.service(details) is not None

@@ -1,0 +1,316 @@
+"""The agent's core against real processes: its server in private namespaces on this machine, called over gRPC."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message_factory import GetMessageClass
+from katapy_agent import agent_pb2 as pb
+
+pytestmark = pytest.mark.root
+AGENT = Path(__file__).with_name("agent_on_host.py")
+BUSYBOX = Path("/bin/busybox")
+
+
+class Agent:
+    """A client of the agent under test, as the host is one."""
+
+    def __init__(self, directory: Path, rootfs: Path) -> None:
+        self._stdio = directory / "stdio"
+        self._rootfs = rootfs
+        self._channel = grpc.insecure_channel(f"unix:{directory / 'control'}")
+        self._streams = 0
+        service = pb.DESCRIPTOR.services_by_name["Agent"]
+        self._methods = {method.name: method for method in service.methods}
+
+    def call(self, name: str, *, timeout: float = 20, **fields: Any) -> Any:
+        method = self._methods[name]
+        call = (self._channel.unary_stream if method.server_streaming else self._channel.unary_unary)(
+            f"/{method.containing_service.full_name}/{name}",
+            GetMessageClass(method.input_type).SerializeToString,
+            GetMessageClass(method.output_type).FromString,
+        )
+        return call(GetMessageClass(method.input_type)(**fields), timeout=timeout)
+
+    def connect(self, name: str) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.connect(str(self._stdio))
+        connection.sendall(bytes([len(name)]) + name.encode())
+        connection.settimeout(20)
+        return connection
+
+    def streams(self, *roles: str, terminal: bool = False) -> tuple[pb.Stdio, dict[str, socket.socket]]:
+        self._streams += 1
+        names = {role: f"{role}-{self._streams}" for role in roles}
+        stdio = pb.Stdio(terminal=terminal)
+        for role, name in names.items():
+            setattr(stdio, role, name)
+        return stdio, {role: self.connect(name) for role, name in names.items()}
+
+    def spec(self, *args: str, terminal: bool = False, **linux: Any) -> bytes:
+        process = {"cwd": "/", "args": args, "env": ["PATH=/bin"], "terminal": terminal, "user": {"uid": 0, "gid": 0}}
+        return json.dumps(
+            {
+                "ociVersion": "1.0.2",
+                "process": process,
+                "root": {"path": str(self._rootfs)},
+                "mounts": [
+                    {"destination": "/proc", "type": "proc", "source": "proc"},
+                    {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+                    {"destination": "/dev/pts", "type": "devpts", "source": "devpts"},
+                ],
+                "linux": {"namespaces": [{"type": kind} for kind in ("pid", "mount", "uts", "ipc")], **linux},
+            }
+        ).encode()
+
+    def process(self, *args: str, terminal: bool = False) -> bytes:
+        return json.dumps({"cwd": "/", "args": args, "env": ["PATH=/bin"], "terminal": terminal}).encode()
+
+    def create(self, name: str, *args: str, stdio: pb.Stdio | None = None) -> None:
+        terminal = stdio is not None and stdio.terminal
+        self.call("CreateContainer", container_id=name, spec=self.spec(*args, terminal=terminal), stdio=stdio)
+
+    def run(self, name: str, *args: str, stdio: pb.Stdio | None = None) -> None:
+        self.create(name, *args, stdio=stdio)
+        self.call("StartContainer", container_id=name)
+
+    def wait(self, name: str, exec_id: str = "") -> int:
+        return int(self.call("WaitProcess", container_id=name, exec_id=exec_id).exit_status)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
+    directory, rootfs = tmp_path_factory.mktemp("a"), tmp_path_factory.mktemp("rootfs")
+    for name in ("bin", "proc", "dev", "sys", "tmp"):
+        (rootfs / name).mkdir()
+    (rootfs / "bin" / "busybox").write_bytes(BUSYBOX.read_bytes())
+    (rootfs / "bin" / "busybox").chmod(0o755)
+    for name in ("sh", "cat", "sleep", "true", "head", "tty", "yes", "echo", "stty", "kill", "printf"):
+        (rootfs / "bin" / name).symlink_to("busybox")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-B", str(AGENT), str(directory)], stdout=subprocess.PIPE, env=environment
+    ) as served:
+        assert served.stdout is not None
+        assert served.stdout.readline() == b"ready\n"
+        client = Agent(directory, rootfs)
+        client.call("CreateSandbox", hostname="pod")
+        yield client
+        client.call("DestroySandbox")
+        client.close()
+        served.kill()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    with connection:
+        return b"".join(iter(lambda: connection.recv(1 << 20), b""))
+
+
+def send_for_ever(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(b"x" * 65536)
+
+
+def status_of(error: pytest.ExceptionInfo[grpc.RpcError]) -> tuple[grpc.StatusCode, str, str]:
+    call: Any = error.value
+    return call.code(), dict(call.trailing_metadata()).get("katapy-error", ""), call.details()
+
+
+def test_output_and_exit_code(agent: Agent) -> None:
+    stdio, streams = agent.streams("stdout", "stderr")
+    agent.run("out", "/bin/sh", "-c", "echo to-out; echo to-err >&2; exit 7", stdio=stdio)
+    assert agent.wait("out") == 7
+    assert read_all(streams["stdout"]) == b"to-out\n"
+    assert read_all(streams["stderr"]) == b"to-err\n"
+    assert agent.wait("out") == 7
+    agent.call("RemoveContainer", container_id="out")
+    agent.call("RemoveContainer", container_id="out")
+
+
+def test_stream_may_come_after_the_call(agent: Agent) -> None:
+    made: list[socket.socket] = []
+    late = threading.Timer(0.2, lambda: made.append(agent.connect("late")))
+    late.start()
+    agent.run("late", "/bin/echo", "x", stdio=pb.Stdio(stdout="late"))
+    assert read_all(made[0]) == b"x\n"
+    agent.call("RemoveContainer", container_id="late")
+
+
+def test_much_data_through_cat_arrives_whole(agent: Agent) -> None:
+    stdio, streams = agent.streams("stdin", "stdout")
+    agent.run("cat", "/bin/cat", stdio=stdio)
+    block = os.urandom(1 << 20)
+    sent, received = hashlib.sha256(), hashlib.sha256()
+
+    def feed() -> None:
+        for _ in range(64):
+            streams["stdin"].sendall(block)
+            sent.update(block)
+        streams["stdin"].shutdown(socket.SHUT_WR)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    while data := streams["stdout"].recv(1 << 20):
+        received.update(data)
+    feeder.join()
+    assert agent.wait("cat") == 0
+    assert sent.digest() == received.digest()
+    agent.call("RemoveContainer", container_id="cat")
+    for connection in streams.values():
+        connection.close()
+
+
+def test_much_output_on_both_streams_at_once(agent: Agent) -> None:
+    stdio, streams = agent.streams("stdout", "stderr")
+    half = "/bin/head -c 8388608 /dev/zero"
+    agent.run("both", "/bin/sh", "-c", f"{half} & {half} >&2; wait", stdio=stdio)
+    counts: dict[str, int] = {}
+    readers = [
+        threading.Thread(target=lambda role=role: counts.update({role: len(read_all(streams[role]))}))
+        for role in ("stdout", "stderr")
+    ]
+    for reader in readers:
+        reader.start()
+    assert agent.wait("both") == 0
+    for reader in readers:
+        reader.join()
+    assert counts == {"stdout": 8 << 20, "stderr": 8 << 20}
+    agent.call("RemoveContainer", container_id="both")
+
+
+def test_host_that_closes_stdout_ends_the_writer(agent: Agent) -> None:
+    stdio, streams = agent.streams("stdout")
+    agent.run("yes", "/bin/yes", stdio=stdio)
+    assert streams["stdout"].recv(2) == b"y\n"
+    streams["stdout"].close()
+    assert agent.wait("yes") in (1, 128 + signal.SIGPIPE)
+    agent.call("RemoveContainer", container_id="yes")
+
+
+def test_container_that_closes_stdin_is_told_to_the_host(agent: Agent) -> None:
+    stdio, streams = agent.streams("stdin")
+    agent.run("deaf", "/bin/sh", "-c", "exec <&-; exec /bin/sleep 1000", stdio=stdio)
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        send_for_ever(streams["stdin"])
+    agent.call("RemoveContainer", container_id="deaf")
+    streams["stdin"].close()
+
+
+def test_close_stdin_delivers_what_has_come(agent: Agent) -> None:
+    stdio, streams = agent.streams("stdin", "stdout")
+    agent.run("closed", "/bin/cat", stdio=stdio)
+    streams["stdin"].sendall(b"last words")
+    assert streams["stdout"].recv(100) == b"last words"
+    agent.call("CloseStdin", container_id="closed")
+    assert read_all(streams["stdout"]) == b""
+    assert agent.wait("closed") == 0
+    agent.call("RemoveContainer", container_id="closed")
+    streams["stdin"].close()
+
+
+def test_child_that_keeps_the_pipe_does_not_keep_the_stream(agent: Agent) -> None:
+    agent.run("host", "/bin/sleep", "1000")
+    stdio, streams = agent.streams("stdout")
+    process = agent.process("/bin/sh", "-c", "echo said; /bin/sleep 1000 &")
+    agent.call("ExecProcess", container_id="host", exec_id="bg", process=process, stdio=stdio)
+    assert agent.wait("host", "bg") == 0
+    assert read_all(streams["stdout"]) == b"said\n"
+    agent.call("RemoveContainer", container_id="host")
+
+
+def test_terminal(agent: Agent) -> None:
+    stdio, streams = agent.streams("stdout", terminal=True)
+    stdio.rows, stdio.columns = 33, 77
+    terminal = streams["stdout"].makefile("rb")
+    agent.run("tty", "/bin/sh", "-c", "stty size; read line; stty size; echo got $line", stdio=stdio)
+    assert terminal.readline().split() == [b"33", b"77"]
+    agent.call("TtyWinResize", container_id="tty", rows=40, columns=100)
+    streams["stdout"].sendall(b"hello\n")
+    streams["stdout"].shutdown(socket.SHUT_WR)
+    assert terminal.read().split() == [b"hello", b"40", b"100", b"got", b"hello"]
+    assert agent.wait("tty") == 0
+    agent.call("RemoveContainer", container_id="tty")
+    terminal.close()
+    streams["stdout"].close()
+
+
+def test_signals(agent: Agent) -> None:
+    agent.run("sig", "/bin/sleep", "1000")
+    agent.call("ExecProcess", container_id="sig", exec_id="e", process=agent.process("/bin/sleep", "1000"))
+    agent.call("SignalProcess", container_id="sig", exec_id="e", signal=signal.SIGTERM)
+    assert agent.wait("sig", "e") == 143
+    with pytest.raises(grpc.RpcError) as error:
+        agent.call("SignalProcess", container_id="sig", exec_id="e", signal=signal.SIGTERM)
+    assert status_of(error) == (grpc.StatusCode.NOT_FOUND, "NotFound", "os: process already finished")
+    agent.call("SignalProcess", container_id="sig", signal=signal.SIGKILL)
+    assert agent.wait("sig") == 137
+    agent.call("SignalProcess", container_id="sig", signal=signal.SIGKILL, all=True)
+    agent.call("RemoveContainer", container_id="sig")
+
+
+def test_processes_and_events(agent: Agent) -> None:
+    events = agent.call("Events", timeout=30)
+    agent.run("ps", "/bin/sleep", "1000")
+    # The subscription exists once an event has come.
+    agent.call("ExecProcess", container_id="ps", exec_id="one", process=agent.process("/bin/sleep", "999"))
+    listed = agent.call("ListProcesses", container_id="ps")
+    assert {(each.command, each.exec_id) for each in listed.processes} == {
+        ("/bin/sleep 1000", ""),
+        ("/bin/sleep 999", "one"),
+    }
+    agent.call("SignalProcess", container_id="ps", signal=9, all=True)
+    ends = {(each.exit.container_id, each.exit.exec_id, each.exit.exit_status) for each in (next(events), next(events))}
+    assert ends == {("ps", "", 137), ("ps", "one", 137)}
+    assert agent.call("StatsContainer", container_id="ps").pids.current == 0
+    agent.call("RemoveContainer", container_id="ps")
+    events.cancel()
+
+
+def test_states(agent: Agent) -> None:
+    agent.create("st", "/bin/sleep", "1000")
+    for name, fields, expected in (
+        ("CreateContainer", {"container_id": "st", "spec": b"{}"}, "AlreadyExists"),
+        ("ExecProcess", {"container_id": "st", "exec_id": "x", "process": agent.process("/bin/true")}, "InvalidState"),
+        ("StartContainer", {"container_id": "nobody"}, "NotFound"),
+        ("WaitProcess", {"container_id": "st", "exec_id": "nothing"}, "NotFound"),
+        ("SignalProcess", {"container_id": "st", "signal": 65}, "InvalidArgument"),
+        ("TtyWinResize", {"container_id": "st", "rows": 1, "columns": 1}, "InvalidState"),
+        ("CreateSandbox", {}, "AlreadyExists"),
+        ("CreateContainer", {"container_id": "../x", "spec": b"{}"}, "InvalidArgument"),
+        ("CreateContainer", {"container_id": "bad", "spec": b"{"}, "InvalidArgument"),
+    ):
+        with pytest.raises(grpc.RpcError) as error:
+            agent.call(name, **fields)
+        assert status_of(error)[1] == expected, name
+    agent.call("StartContainer", container_id="st")
+    with pytest.raises(grpc.RpcError) as error:
+        agent.call("StartContainer", container_id="st")
+    assert status_of(error)[1] == "InvalidState"
+    agent.call("RemoveContainer", container_id="st")
+
+
+def test_missing_program_is_named_and_leaves_nothing(agent: Agent) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        agent.run("none", "/bin/no-such-program")
+    assert status_of(error)[:2] == (grpc.StatusCode.NOT_FOUND, "CommandNotFound")
+    agent.call("RemoveContainer", container_id="none")
+    agent.run("none", "/bin/true")
+    assert agent.wait("none") == 0
+    with pytest.raises(grpc.RpcError):
+        agent.call("ExecProcess", container_id="none", exec_id="x", process=agent.process("/bin/true"))
+    agent.call("RemoveContainer", container_id="none")

@@ -1,0 +1,42 @@
+"""The pump by itself: a drain ends although its source never does, and an order to stop is obeyed at any time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+
+from katapy_agent.pump import PIPE_SIZE, Pump
+
+
+def read_all(connection: socket.socket) -> int:
+    return sum(map(len, iter(lambda: connection.recv(1 << 20), b"")))
+
+
+def test_drain_of_an_endless_source_ends_after_what_a_pipe_holds() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    ended = threading.Event()
+    with ours:
+        ours.settimeout(5)
+        pump = Pump("endless", os.open("/dev/zero", os.O_RDONLY), theirs.detach(), ended.set)
+        ours.recv(1)
+        pump.drain()
+        taken = read_all(ours)
+    assert ended.wait(5)
+    # What was on its way before the order comes on top of it: a chunk, and what the socket holds.
+    assert PIPE_SIZE <= taken <= 3 * PIPE_SIZE
+
+
+def test_stop_ends_a_pump_whose_sink_is_full_and_later_orders_do_nothing() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    ended = threading.Event()
+    with ours:
+        pump = Pump("stuck", os.open("/dev/zero", os.O_RDONLY), theirs.detach(), ended.set)
+        pump.stop()
+        pump.drain()
+        assert ended.wait(5)
+        pump.stop()
+        ours.settimeout(5)
+        read_all(ours)
