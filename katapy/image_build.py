@@ -1,0 +1,115 @@
+"""Builds the guest image and Debian's kernel by running images/build.py, and installs what comes out.
+
+Knows where the sources are and whether something has to be built; how it is built is the recipe's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final, TypeVar
+
+from katapy import assets, run
+from katapy.assets import Image, Kernel, KernelKind
+from katapy.errors import NotFound, Unavailable
+
+_Asset = TypeVar("_Asset", Image, Kernel)
+
+_RECIPE: Final = "images/build.py"
+_GRACE: Final = 5.0
+
+
+def find_sources() -> Path:
+    """Return the directory with the recipe and the agent's sources: a checkout's root, else the installed copy.
+
+    Raises NotFound.
+    """
+    candidates = (Path(__file__).resolve().parents[1], Path(sys.prefix) / "share/katapy")
+    for directory in candidates:
+        if (directory / _RECIPE).is_file():
+            return directory
+    raise NotFound(f"no {_RECIPE} in {' or '.join(map(str, candidates))}: katapy is not completely installed")
+
+
+def build(
+    data_dir: Path, sources: Path, *, force: bool = False, waiting: Callable[[], None] = lambda: None
+) -> tuple[Image, Kernel]:
+    """Build and install the image and Debian's kernel where their inputs have changed, or both with ``force``.
+
+    The recipe prints what it does on stderr. ``waiting`` is called when another build is going on.
+    Raises Unavailable when the build fails; what was there is still there then.
+    """
+    recipe = _hash(sources, "images")
+    image_inputs = _hash(sources, "images", "guest-agent/init", "guest-agent/katapy_agent")
+    with assets.lock(data_dir, waiting):
+        kernels = [one for one in assets.list_kernels(data_dir)[0] if one.kind is KernelKind.DEBIAN]
+        image = None if force else _newest_of(assets.list_images(data_dir)[0], image_inputs)
+        kernel = None if force else _newest_of(kernels, recipe)
+        if image is not None and kernel is not None:
+            return image, kernel
+        cache = _cache(data_dir, recipe, force=force)
+        parts = [*(["image"] if image is None else []), *(["kernel"] if kernel is None else [])]
+        with assets.staging(data_dir) as directory:
+            _run_recipe(sources / _RECIPE, directory, cache, parts)
+            kernel = kernel or assets.install_kernel(
+                data_dir, directory / "kernel", kind=KernelKind.DEBIAN, inputs=recipe
+            )
+            image = image or assets.install_image(data_dir, directory / "image", inputs=image_inputs)
+        return image, kernel
+
+
+def _cache(data_dir: Path, inputs: str, *, force: bool) -> Path:
+    """Return where the recipe with these inputs keeps its downloads; those of others go, and its own with ``force``."""
+    directory = data_dir / "cache"
+    directory.mkdir(exist_ok=True)
+    for other in directory.iterdir():
+        if force or other.name != inputs:
+            shutil.rmtree(other)
+    return directory / inputs
+
+
+def _newest_of(found: list[_Asset], inputs: str) -> _Asset | None:
+    """Return the newest if it is made of ``inputs``: an older one of them would not be booted (assets.find_image)."""
+    return found[0] if found and found[0].inputs == inputs else None
+
+
+def _run_recipe(recipe: Path, directory: Path, cache: Path, parts: list[str]) -> None:
+    # The caller's environment: it may say how the network is reached. The recipe passes on what it needs.
+    argv = [sys.executable, str(recipe), str(directory), str(cache), *parts]
+    process = run.start(argv, name="image build", stderr=2, env={**os.environ, **run.ENVIRONMENT})
+    status = asyncio.run(_wait(process))
+    if status != 0:
+        raise Unavailable(f"cannot build the guest's {' and '.join(parts)}: {recipe.name} ended with status {status}")
+
+
+async def _wait(process: run.Process) -> int:
+    try:
+        return await process.wait()
+    except asyncio.CancelledError:
+        await process.stop(grace=_GRACE)
+        raise
+
+
+def _hash(sources: Path, *names: str) -> str:
+    """Return a digest of what is in these files and directories, whatever their times and owners."""
+    digest = hashlib.sha256()
+    for path in (path for name in names for path in _files(sources / name)):
+        data = path.read_bytes()
+        digest.update(b"%s\0%d\0" % (os.fsencode(path.relative_to(sources)), len(data)))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Yield the sources at and below ``path`` in one order; what tools leave beside them is none."""
+    if path.is_file():
+        yield path
+        return
+    for entry in sorted(path.iterdir()):
+        if not entry.name.startswith((".", "__pycache__")) and entry.suffix != ".pyi":
+            yield from _files(entry)
