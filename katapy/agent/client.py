@@ -1,0 +1,157 @@
+"""gRPC client of the guest agent: one method per RPC. The only module that imports grpc.
+
+Everything that comes back is the guest's word: bounded in size by gRPC's limits and in time by a deadline, checked
+here or where it is used, never a path, a format or an argument.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from katapy.errors import KatapyError, Unavailable, from_wire
+from katapy.proto import agent_pb2
+
+PORT: Final = 1024
+
+_SERVICE: Final = agent_pb2.DESCRIPTOR.services_by_name["Agent"]
+_OPTIONS: Final = [
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.max_send_message_length", 32 << 20),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+_MESSAGE_LIMIT: Final = 4096
+_CLOSE_SECONDS: Final = 5.0
+
+
+class AgentClient:
+    """The agent of one VM. ``deadline`` is the seconds that an ordinary call may take."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, deadline: float) -> None:
+        self._deadline = deadline
+        self._calls: dict[str, Any] = {}
+        for method in _SERVICE.methods:
+            make = channel.unary_stream if method.server_streaming else channel.unary_unary
+            self._calls[method.name] = make(
+                f"/{_SERVICE.full_name}/{method.name}",
+                request_serializer=lambda message: message.SerializeToString(),
+                response_deserializer=GetMessageClass(method.output_type).FromString,
+            )
+
+    async def create_sandbox(self, sandbox_id: str, *, hostname: str, resolv_conf: str, shared_tag: str) -> None:
+        """Prepare the pod inside the VM."""
+        await self._call(
+            "CreateSandbox",
+            agent_pb2.CreateSandboxRequest(
+                sandbox_id=sandbox_id, hostname=hostname, resolv_conf=resolv_conf, shared_tag=shared_tag
+            ),
+        )
+
+    async def destroy_sandbox(self, *, deadline: float) -> None:
+        """End all containers and flush what they wrote. ``deadline`` in seconds."""
+        await self._call("DestroySandbox", agent_pb2.Empty(), deadline)
+
+    async def set_time(self) -> None:
+        """Give the guest the host's wall clock."""
+        seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+        await self._call(
+            "SetGuestDateTime", agent_pb2.SetGuestDateTimeRequest(seconds=seconds, nanoseconds=nanoseconds)
+        )
+
+    async def reseed_random(self, data: bytes) -> None:
+        """Mix ``data`` (at most 512 bytes) into the guest's random pool."""
+        await self._call("ReseedRandom", agent_pb2.ReseedRandomRequest(data=data))
+
+    async def create_container(self, container_id: str, spec: bytes, stdio: agent_pb2.Stdio) -> int:
+        """Build a container; its init waits for ``start_container``. Returns its pid in the guest."""
+        request = agent_pb2.CreateContainerRequest(container_id=container_id, spec=spec, stdio=stdio)
+        response: agent_pb2.CreateContainerResponse = await self._call("CreateContainer", request)
+        return response.pid
+
+    async def start_container(self, container_id: str) -> None:
+        """Let the container's init run."""
+        await self._call("StartContainer", agent_pb2.StartContainerRequest(container_id=container_id))
+
+    async def exec_process(self, container_id: str, exec_id: str, process: bytes, stdio: agent_pb2.Stdio) -> int:
+        """Start one more process; ``process`` is the JSON object of runtime-spec. Returns its pid in the guest."""
+        request = agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process, stdio=stdio)
+        response: agent_pb2.ExecProcessResponse = await self._call("ExecProcess", request)
+        return response.pid
+
+    async def signal(self, container_id: str, exec_id: str, number: int, *, everyone: bool = False) -> None:
+        """Send a signal to a process, or with ``everyone`` to each process of the container."""
+        request = agent_pb2.SignalProcessRequest(
+            container_id=container_id, exec_id=exec_id, signal=number, all=everyone
+        )
+        await self._call("SignalProcess", request)
+
+    async def wait(self, container_id: str, exec_id: str) -> tuple[int, bool]:
+        """Wait, without a deadline, for the end of a process: its exit status, and whether memory ran out."""
+        request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
+        response: agent_pb2.WaitProcessResponse = await self._call("WaitProcess", request, None)
+        return min(response.exit_status, 255), response.oom_killed
+
+    async def remove_container(self, container_id: str, *, deadline: float) -> None:
+        """Remove a container and whatever still runs in it. ``deadline`` in seconds."""
+        await self._call("RemoveContainer", agent_pb2.RemoveContainerRequest(container_id=container_id), deadline)
+
+    async def resize(self, container_id: str, exec_id: str, *, rows: int, columns: int) -> None:
+        """Set the size of a process's terminal."""
+        request = agent_pb2.TtyWinResizeRequest(container_id=container_id, exec_id=exec_id, rows=rows, columns=columns)
+        await self._call("TtyWinResize", request)
+
+    async def close_stdin(self, container_id: str, exec_id: str) -> None:
+        """Close a process's standard input."""
+        await self._call("CloseStdin", agent_pb2.CloseStdinRequest(container_id=container_id, exec_id=exec_id))
+
+    async def processes(self, container_id: str) -> agent_pb2.ListProcessesResponse:
+        """Return the processes of a container."""
+        response: agent_pb2.ListProcessesResponse = await self._call(
+            "ListProcesses", agent_pb2.ListProcessesRequest(container_id=container_id)
+        )
+        return response
+
+    async def _call(self, method: str, request: Message, deadline: float | None = -1) -> Any:
+        timeout = self._deadline if deadline == -1 else deadline
+        try:
+            return await self._calls[method](request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise _translate(method, error) from None
+        except grpc.aio.UsageError as error:
+            raise Unavailable(f"guest agent: {method}: the connection is closed") from error
+
+
+def _translate(method: str, error: grpc.aio.AioRpcError) -> KatapyError:
+    name = dict(error.trailing_metadata() or {}).get("katapy-error", "")
+    text = (error.details() or "no message")[:_MESSAGE_LIMIT]
+    if not name:
+        text = f"guest agent: {method}: {text}"
+    printable = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return from_wire(error.code().value[0], str(name), printable)
+
+
+@asynccontextmanager
+async def connect(target: str, *, deadline: float) -> AsyncIterator[AgentClient]:
+    """Connect to the agent behind the relay's address ``target``; ``deadline`` in seconds, also for each later call.
+
+    Raises Timeout or Unavailable.
+    """
+    channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+    try:
+        yield AgentClient(channel, deadline=deadline)
+    finally:
+        # An answer that is still awaited ends with CANCELLED; the deadline bounds a peer that does not let go.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await channel.close(grace=None)

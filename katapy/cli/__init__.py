@@ -1,0 +1,156 @@
+"""The command line: flags in, text and an exit status out. No logic; each verb's module is imported when it is used.
+
+Exit status: what the container returned; 1 for an error, 2 for wrong usage, 126 and 127 for a program that cannot
+be executed or found in the container.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import click
+
+from katapy import __version__
+from katapy.errors import KatapyError, codes_of
+
+if TYPE_CHECKING:
+    from katapy.config import Config
+
+DEFAULT_ROOT: Final = "/run/katapy"
+
+# verb -> module; the command is the module's attribute of the same name. The order is the one of --help.
+_VERBS: Final = {
+    "run": "lifecycle",
+    "create": "lifecycle",
+    "start": "lifecycle",
+    "exec": "execute",
+    "kill": "lifecycle",
+    "delete": "lifecycle",
+    "state": "inspect",
+    "list": "inspect",
+    "spec": "spec",
+    "check": "check",
+    "image": "image",
+    "completion": "completion",
+}
+
+
+class Settings:
+    """What the global options say; made once, passed to each verb by click."""
+
+    def __init__(self, root: Path, config_path: Path | None, *, debug: bool) -> None:
+        self.root, self.config_path, self.debug = root, config_path, debug
+
+    @property
+    def config(self) -> Config:
+        """The configuration, read when a verb asks for it."""
+        from katapy.config import Config
+
+        return Config.load(self.config_path)
+
+
+class _Verbs(click.Group):
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        module = importlib.import_module(f"katapy.cli.{_VERBS[cmd_name]}")
+        command = getattr(module, f"{cmd_name}_command", None) or getattr(module, cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path, file_okay=False, readable=False),
+    default=DEFAULT_ROOT,
+    show_default=True,
+    help="Directory of the containers' state.",
+)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="KATAPY_CONFIG",
+    help="Configuration file, instead of /etc/katapy/katapy.toml and conf.d.",
+)
+@click.option("--log", "log_file", type=click.Path(path_type=Path), help="Write log lines to this file.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--debug", is_flag=True, help="Log more; show a traceback with an error.")
+@click.version_option(__version__, "--version", "-v", prog_name="katapy", message="%(prog)s version %(version)s")
+@click.pass_context
+def cli(
+    ctx: click.Context,
+    root: Path,
+    config_path: Path | None,
+    log_file: Path | None,
+    log_format: Literal["text", "json"],
+    debug: bool,
+) -> None:
+    """Run containers, each pod in its own virtual machine.
+
+    katapy takes the arguments of an OCI runtime (runc) and runs the bundle in a VM of its own.
+
+    \b
+    Examples:
+      katapy check                            what this host has and lacks
+      katapy run --bundle ./bundle web        run a bundle in the foreground
+      katapy exec -t web sh                   a shell in it
+      katapy delete --force web               remove it
+    """
+    if log_file is not None or debug:
+        from katapy import log
+
+        log.setup(debug=debug, file=None if log_file is None else str(log_file), format=log_format)
+    ctx.obj = Settings(Path(os.path.abspath(root)), config_path, debug=debug)
+
+
+def require_root(what: str) -> None:
+    """Raise PermissionDenied unless the caller is root."""
+    from katapy.errors import PermissionDenied
+
+    if os.geteuid() != 0:
+        raise PermissionDenied(f"cannot {what}: katapy must run as root; try sudo")
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    debug = "--debug" in sys.argv
+    try:
+        status = cli(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        status = done.exit_code
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        status = 130
+    except BrokenPipeError:
+        # Whoever read our output has left; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 141
+    except Exception as error:
+        status = _report(error, debug=debug)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _report(error: Exception, *, debug: bool) -> int:
+    known = isinstance(error, KatapyError)
+    text = str(error) if known else f"internal error: {type(error).__name__}: {error}"
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    import logging
+
+    if logging.getLogger().handlers:
+        logging.getLogger("katapy").error("%s", text)
+    click.echo(f"katapy: {text}", err=True)
+    return codes_of(error).exit_status

@@ -1,0 +1,130 @@
+"""The verb ``check``: what this host has and lacks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+
+from katapy.cli import Settings
+from katapy.errors import KatapyError
+
+if TYPE_CHECKING:
+    from katapy.config import Config
+
+
+class Finding(NamedTuple):
+    """One line: ``ok`` is False where katapy cannot run because of it."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@click.command("check")
+@click.option("--format", "style", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.pass_obj
+def check(settings: Settings, style: str) -> int:
+    """Say what this host has and lacks; exit 1 where katapy cannot run.
+
+    \b
+    Examples:
+      katapy check
+      katapy check --format json
+    """
+    findings = list(_findings(settings.config))
+    if style == "json":
+        click.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            click.echo(f"{'ok     ' if finding.ok else 'MISSING'} {finding.name.ljust(width)}  {finding.detail}")
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _findings(config: Config) -> Iterator[Finding]:
+    probes: dict[str, Callable[[Config], str]] = {
+        "user": _user,
+        "accelerator": _accelerator,
+        "qemu": _qemu,
+        "virtiofsd": _virtiofsd,
+        "vsock": _vsock,
+        "setpriv": _setpriv,
+        "kernel": _kernel,
+        "image": _image,
+    }
+    for name, probe in probes.items():
+        try:
+            yield Finding(name, True, probe(config))
+        except KatapyError as error:
+            yield Finding(name, False, str(error))
+
+
+def _user(_config: Config) -> str:
+    from katapy.cli import require_root
+
+    require_root("run containers")
+    return "root"
+
+
+def _accelerator(config: Config) -> str:
+    from katapy.cli import emulation
+    from katapy.hypervisor.accel import Kind, probe, require
+
+    found = require(asyncio.run(probe()), config.hypervisor)
+    if found.kind is Kind.KVM:
+        return f"kvm: {found.reason}"
+    emulation.remember()
+    return f"tcg (emulation: slower, and isolates less): {found.reason}"
+
+
+def _qemu(config: Config) -> str:
+    from katapy import run
+    from katapy.errors import NotFound
+
+    path = str(config.hypervisor.qemu)
+    try:
+        return f"{run.output([path, '--version']).splitlines()[0]} ({path})"
+    except NotFound as error:
+        raise NotFound(f"{path} is missing; apt-get install qemu-system-x86") from error
+
+
+def _virtiofsd(config: Config) -> str:
+    from katapy.storage.virtiofs import find_virtiofsd
+
+    return str(find_virtiofsd(config.storage.virtiofsd_paths))
+
+
+def _vsock(config: Config) -> str:
+    from katapy.transport.vsock import VsockKind, find_kind
+
+    if find_kind(config.hypervisor.vsock) is VsockKind.KERNEL:
+        return "kernel (vhost-vsock)"
+    return "user (katapy's own device: the kernel's vhost-vsock is not there)"
+
+
+def _setpriv(_config: Config) -> str:
+    from katapy.errors import NotFound
+    from katapy.run import SETPRIV
+
+    if not os.access(SETPRIV, os.X_OK):
+        raise NotFound(f"{SETPRIV} is missing; apt-get install util-linux")
+    return SETPRIV
+
+
+def _kernel(config: Config) -> str:
+    from katapy.assets import find_kernel
+
+    kernel = find_kernel(config.runtime.data_dir, config.hypervisor.kernel)
+    return f"{kernel.version} ({kernel.kind})"
+
+
+def _image(config: Config) -> str:
+    from katapy.assets import find_image
+
+    image = find_image(config.runtime.data_dir, config.hypervisor.image)
+    return f"{image.digest[:12]}, {image.size_bytes >> 20} MiB"

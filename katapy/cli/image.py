@@ -1,0 +1,124 @@
+"""`katapy image`: the guest image and kernel that virtual machines boot."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from katapy import assets
+from katapy.errors import KatapyError
+
+
+@click.group("image")
+def image() -> None:
+    """Build, list and remove guest images and kernels."""
+
+
+@image.command("build")
+@click.option("--force", is_flag=True, help="Build although nothing has changed: take up Debian's updates.")
+def build(force: bool) -> None:
+    """Build the guest image, and take the kernel from Debian's package.
+
+    Does nothing when both were built from the same recipe and agent.
+
+    \b
+    Examples:
+      katapy image build
+      katapy image build --force      with the packages that Debian has today
+    """
+    from katapy.cli import require_root
+    from katapy.image_build import build as build_image
+    from katapy.image_build import find_sources
+
+    require_root("build a guest image")
+    built, kernel = build_image(
+        _data_dir(),
+        find_sources(),
+        force=force,
+        waiting=lambda: click.echo("waiting for another katapy image build", err=True),
+    )
+    click.echo(f"image {built.short_digest} {_size(built.size_bytes)}, kernel {kernel.version}")
+
+
+@image.command("ls")
+@click.option("--format", "style", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def list_assets(style: str) -> None:
+    """List the guest images, newest first; KERNEL is the one that a virtual machine boots.
+
+    \b
+    Examples:
+      katapy image ls
+      katapy image ls --format json
+    """
+    images, image_errors = assets.list_images(_data_dir())
+    kernels, kernel_errors = assets.list_kernels(_data_dir())
+    for error in (*image_errors, *kernel_errors):
+        click.echo(f"katapy: {error}", err=True)
+    if style == "json":
+        click.echo(
+            json.dumps({"images": [_image_json(one) for one in images], "kernels": [*map(_kernel_json, kernels)]})
+        )
+        return
+    try:
+        kernel = assets.find_kernel(_data_dir()).version
+    except KatapyError:
+        kernel = "-"
+    rows = [(one.short_digest, _size(one.size_bytes), kernel, _age(one.created)) for one in images]
+    table = [("DIGEST", "SIZE", "KERNEL", "AGE"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(4)]
+    for row in table:
+        click.echo("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@image.command("rm")
+@click.argument("digest", required=False)
+@click.option("--all", "everything", is_flag=True, help="Remove all images, and all kernels with them.")
+def remove(digest: str | None, everything: bool) -> None:
+    """Remove a guest image by the first digits of its digest. Virtual machines that run are not affected.
+
+    \b
+    Examples:
+      katapy image rm 3f2a
+      katapy image rm --all
+    """
+    from katapy.cli import require_root
+
+    if everything is (digest is not None):
+        raise click.UsageError("give either a DIGEST or --all")
+    require_root("remove a guest image")
+    for name in assets.remove_all(_data_dir()) if digest is None else [assets.remove_image(_data_dir(), digest)]:
+        click.echo(name)
+
+
+def _data_dir() -> Path:
+    settings = click.get_current_context().find_root().obj
+    return assets.DEFAULT_DATA_DIR if settings is None else Path(settings.config.runtime.data_dir)
+
+
+def _image_json(one: assets.Image) -> dict[str, Any]:
+    return {"digest": one.digest, "path": str(one.path), "size": one.size_bytes, "created": _time(one.created)}
+
+
+def _kernel_json(one: assets.Kernel) -> dict[str, Any]:
+    return {"version": one.version, "kind": one.kind, "path": str(one.kernel), "created": _time(one.created)}
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _size(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
+
+
+def _age(created: float) -> str:
+    """Return how long ago it was, in the largest unit of which there are two."""
+    seconds = max(0, int(time.time() - created))
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} seconds"

@@ -1,0 +1,208 @@
+"""A pod's virtual machine with all its helpers: started together, watched together, ended together.
+
+Owns QEMU, virtiofsd, the vsock device and the connection to the guest agent. When one of the processes dies, the
+machine has failed: ``failed`` is set, and everything that waits for the guest ends with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from katapy import assets, run
+from katapy.config import Config
+from katapy.devices import Disk
+from katapy.errors import KatapyError, Unavailable
+from katapy.hypervisor import GuestConsole, Vm, VmConfig
+from katapy.hypervisor.accel import Acceleration, probe, require
+from katapy.hypervisor.qemu import QEMU, start_vm
+from katapy.sandbox.sizing import Size
+from katapy.storage.shared_dir import TAG, SharedTree
+from katapy.storage.virtiofs import find_virtiofsd, start_virtiofsd
+from katapy.transport.vsock import Vsock, find_kind, start_vsock
+
+if TYPE_CHECKING:
+    from katapy.agent.client import AgentClient
+
+_T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
+
+_CONSOLE_LINES: Final = 10
+_NOTICE: Final = 1.0  # seconds
+_CONNECT_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True)
+class MachineParts:
+    """What a running machine consists of."""
+
+    acceleration: Acceleration
+    vm: Vm
+    vsock: Vsock
+    tree: SharedTree
+    agent: AgentClient
+
+
+class Machine:
+    """A running VM with a serving agent; see ``start_machine``."""
+
+    def __init__(self, name: str, record: Callable[[list[run.Process]], None]) -> None:
+        self._name, self._record = name, record
+        self._failed: asyncio.Future[KatapyError] = asyncio.get_running_loop().create_future()
+        self._ending = False
+        self.processes: list[run.Process] = []
+        self._outputs: dict[run.Process, GuestConsole | None] = {}
+        self._parts: MachineParts | None = None
+
+    @property
+    def parts(self) -> MachineParts:
+        """The parts; only once the machine is up."""
+        assert self._parts is not None
+        return self._parts
+
+    @property
+    def agent(self) -> AgentClient:
+        """The guest agent's client."""
+        return self.parts.agent
+
+    async def failure(self) -> KatapyError:
+        """Wait until the machine fails, and return why."""
+        return await asyncio.shield(self._failed)
+
+    def failed_with(self) -> KatapyError | None:
+        """Return why the machine has failed, if it has."""
+        return self._failed.result() if self._failed.done() else None
+
+    async def guarded(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Do ``work``, unless the machine fails first: then that is what is raised."""
+        task = asyncio.ensure_future(work)
+        try:
+            waited: list[asyncio.Future[Any]] = [task, self._failed]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if task.done() and isinstance(task.exception(), Unavailable):
+                # The end of a process shows first in what talked to it. Which process it was, its pidfd tells.
+                await asyncio.wait([self._failed], timeout=_NOTICE)
+            if self._failed.done() and (not task.done() or task.exception() is not None):
+                raise self._failed.result()
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError, KatapyError):
+                    await task
+
+    async def connect(self, port: int) -> Any:
+        """Dial a guest port."""
+        return await self.parts.vsock.connect(port, timeout=_CONNECT_SECONDS)
+
+    def _watch(self, process: run.Process, stack: AsyncExitStack, output: GuestConsole | None = None) -> None:
+        async def watch() -> None:
+            await process.wait()
+            if not self._ending and not self._failed.done():
+                self._failed.set_result(self._obituary())
+
+        self.processes.append(process)
+        self._outputs[process] = output
+        self._record(self.processes)
+        task = asyncio.create_task(watch(), name=f"watch {process.name}")
+        stack.push_async_callback(_cancelled, task)
+
+    def _obituary(self) -> KatapyError:
+        """Say which process died. One takes others with it, so the one that was killed is named, else the first."""
+        ended = [(process, status) for process in self.processes if (status := process.poll()) is not None]
+        process, status = min(ended, key=lambda end: (end[1] >= 0, end[1] == 0))
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        text = f"{process.name} of {self._name} died: pid {process.pid} {how}"
+        output = self._outputs[process]
+        if output is not None:
+            what = "the guest console" if process.name == QEMU else "its output"
+            tail = output.tail(_CONSOLE_LINES)
+            text += f"\nlast lines of {what}:\n{tail}" if tail else f"\n{what} is empty"
+        return Unavailable(text)
+
+    @contextmanager
+    def _end_quietly(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._ending = True
+
+
+async def _cancelled(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def _settled(task: asyncio.Future[Any]) -> None:
+    await asyncio.wait([task])
+
+
+@asynccontextmanager
+async def start_machine(
+    name: str, directory: Path, config: Config, size: Size, record: Callable[[list[run.Process]], None]
+) -> AsyncIterator[Machine]:
+    """Boot a VM for the sandbox ``name`` whose private directory is ``directory``, and wait for its agent.
+
+    ``record`` is told of the processes each time that one more runs.
+    Raises KatapyError; nothing is left behind then.
+    """
+    machine = Machine(name, record)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(machine._end_quietly())
+        # gRPC takes long to import, and nothing needs it before the guest is up.
+        imported = asyncio.ensure_future(asyncio.to_thread(importlib.import_module, "katapy.agent.client"))
+        stack.push_async_callback(_settled, imported)
+        hypervisor = config.hypervisor
+        image = assets.find_image(config.runtime.data_dir, hypervisor.image)
+        kernel = assets.find_kernel(config.runtime.data_dir, hypervisor.kernel)
+        acceleration = require(await probe(), hypervisor)
+        tree = SharedTree(directory)
+        stack.callback(tree.close)
+        daemon = await stack.enter_async_context(
+            start_virtiofsd(find_virtiofsd(config.storage.virtiofsd_paths), tree.export, directory, TAG)
+        )
+        machine._watch(daemon.process, stack, daemon.output)
+        vsock = await stack.enter_async_context(start_vsock(find_kind(hypervisor.vsock)))
+        if vsock.process is not None:
+            machine._watch(vsock.process, stack)
+        vm_config = VmConfig(
+            qemu=hypervisor.qemu,
+            acceleration=acceleration,
+            vcpus=size.vcpus,
+            memory_bytes=size.memory_bytes,
+            kernel=kernel.kernel,
+            initramfs=kernel.initramfs,
+            kernel_params=hypervisor.kernel_params,
+            devices=(Disk(image.path, "root"), vsock.device, daemon.device),
+        )
+        starting = start_vm(vm_config, name=name, console_path=directory / "console.log")
+        vm = await machine.guarded(stack.enter_async_context(starting))
+        machine._watch(vm.process, stack, vm.console)
+        log.debug("%s: QEMU runs", name)
+        await machine.guarded(vm.wait_ready(config.runtime.boot_timeout))
+        log.debug("%s: the guest is ready", name)
+        await imported
+        from katapy.agent import client
+        from katapy.agent.relay import start_relay
+
+        guest = await machine.guarded(vsock.connect(client.PORT, timeout=config.runtime.boot_timeout))
+        address = await stack.enter_async_context(start_relay(directory, guest))
+        agent = await stack.enter_async_context(client.connect(address, deadline=config.runtime.boot_timeout))
+        await machine.guarded(_greet(agent))
+        log.debug("%s: the agent answers", name)
+        machine._parts = MachineParts(acceleration, vm, vsock, tree, agent)
+        yield machine
+
+
+async def _greet(agent: AgentClient) -> None:
+    """Give the guest what makes it its own: time and randomness, before anything of the tenant's runs."""
+    await agent.set_time()
+    await agent.reseed_random(os.urandom(512))

@@ -1,0 +1,124 @@
+"""One process of a container as the host sees it: its state, its streams, its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from katapy.agent.stdio import Streams
+from katapy.errors import InvalidState, KatapyError, NotFound, Unsupported
+from katapy.state import Status
+
+ATTACH = "attach:"
+
+
+class Exit(NamedTuple):
+    """How a process ended: ``status`` 0 to 255 (128 + N for signal N), and when."""
+
+    status: int
+    at: datetime
+
+    @classmethod
+    def now(cls, status: int) -> Exit:
+        """Return an end that is noticed now."""
+        return cls(status, datetime.now(UTC))
+
+
+@dataclass(frozen=True)
+class StdioRequest:
+    """Which streams a caller of the Task API asked for.
+
+    A stream is wanted when its URI is ``attach:``: the caller comes for it to the attach socket. Empty is /dev/null.
+    """
+
+    terminal: bool
+    stdin: str = ""
+    stdout: str = ""
+    stderr: str = ""
+
+    def names(self) -> list[str]:
+        """Return the names of the streams that are wanted. Raises Unsupported for a URI that is not known."""
+        wanted = []
+        for name in ("stdin", "stdout", "stderr"):
+            uri = getattr(self, name)
+            if uri not in ("", ATTACH):
+                raise Unsupported(f"cannot open {name}: {uri!r} is not a kind of stream that katapy serves")
+            if uri:
+                wanted.append(name)
+        return wanted
+
+
+@dataclass(eq=False)
+class GuestProcess:
+    """A process: created when it is known, running when it was started, stopped when it has ended."""
+
+    container_id: str
+    exec_id: str
+    stdio: StdioRequest
+    status: Status = Status.CREATED
+    guest_pid: int = 0
+    host_pid: int = 0  # the stand-in's, once it has attached
+    streams: Streams | None = None
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+    exited: asyncio.Event = field(default_factory=asyncio.Event)
+    exit: Exit | None = None
+    oom_killed: bool = False
+    lost: KatapyError | None = None  # why its end will never be known
+    watch: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"process {self.exec_id} of {self.container_id}" if self.exec_id else f"container {self.container_id}"
+
+    def require(self, allowed: Sequence[Status], verb: str) -> None:
+        """Raise InvalidState unless the process is in one of the ``allowed`` states."""
+        if self.status not in allowed:
+            raise InvalidState(f"cannot {verb} {self.name}: it is {self.status}")
+
+    def finish(self, status: int, *, oom_killed: bool) -> None:
+        """Note the end; the first report counts."""
+        if self.exit is None and self.lost is None:
+            self.exit = Exit.now(status)
+            self.oom_killed = oom_killed
+            self._ended()
+
+    def lose(self, why: KatapyError) -> None:
+        """Note that the end will never be known, because the VM is gone."""
+        if self.exit is None and self.lost is None:
+            self.lost = why
+            self._ended()
+
+    def _ended(self) -> None:
+        self.status = Status.STOPPED
+        self.exited.set()
+        self.opened.set()
+
+    async def wait(self) -> Exit:
+        """Wait for the end. Raises what ``lose`` was given."""
+        await self.exited.wait()
+        if self.exit is None:
+            assert self.lost is not None
+            raise self.lost
+        return self.exit
+
+    async def take_streams(self) -> Streams:
+        """Wait until the streams are open and give them away. Raises NotFound when someone has taken them."""
+        await self.opened.wait()
+        if self.lost is not None:
+            raise self.lost
+        if self.streams is None:
+            raise NotFound(f"{self.name} has no streams to attach to")
+        taken, self.streams = self.streams, None
+        return taken
+
+    def close(self) -> None:
+        """Release what the process still holds on the host."""
+        if self.watch is not None:
+            self.watch.cancel()
+        if self.streams is not None:
+            self.streams.close()
+            self.streams = None

@@ -1,0 +1,60 @@
+"""What of a container is written to its state directory, so that others can read it without asking the shim.
+
+The caller that makes a container makes the directory; from then on the shim is the only one that writes to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from katapy import run
+from katapy.errors import NotFound
+from katapy.state import PROCESS_FILE, ProcessRef, State, StateDir, Status
+
+
+class Record:
+    """The state file of one container."""
+
+    def __init__(self, root: Path, container_id: str) -> None:
+        """Take the container's state over. Raises NotFound where there is no such directory."""
+        self._directory = StateDir.open(str(root), container_id)
+        self._state = self._directory.load()
+        self._update(shim=ProcessRef.of("shim", os.getpid()))
+
+    def helpers(self, processes: Iterable[run.Process]) -> None:
+        """Note the processes that the pod runs on, for whoever must clean up when the shim cannot."""
+        refs = []
+        for process in processes:
+            with suppress(NotFound):  # it died at once; its owner says so
+                refs.append(ProcessRef.of(process.name, process.pid))
+        self._update(helpers=tuple(refs))
+
+    def created(self, process: bytes, accelerator: str) -> None:
+        """The container exists and waits for its start; ``process`` is what `exec` starts from."""
+        self._directory.write(PROCESS_FILE, process)
+        self._update(status=Status.CREATED, accelerator=accelerator)
+
+    def attached(self, pid: int) -> None:
+        """``pid`` stands in for the container on the host."""
+        self._update(pid=pid)
+
+    def running(self) -> None:
+        """The container was started."""
+        if self._state.status is not Status.STOPPED:
+            self._update(status=Status.RUNNING)
+
+    def stopped(self, exit_status: int) -> None:
+        """The container has ended; the first report counts."""
+        if self._state.status is not Status.STOPPED:
+            self._update(status=Status.STOPPED, exit_status=exit_status)
+
+    def remove(self) -> None:
+        """Remove the directory and everything in it."""
+        self._directory.remove()
+
+    def _update(self, **changes: object) -> None:
+        self._state = State._replace(self._state, **changes)  # type: ignore[arg-type]
+        self._directory.save(self._state)

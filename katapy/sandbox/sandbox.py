@@ -1,0 +1,302 @@
+"""The orchestrator: one pod, its virtual machine and its containers.
+
+The only place that acts across hypervisor, network, storage and agent. It knows no protocol: the shim translates
+the Task API and the attach protocol into these methods. All methods run on one event loop. A verb on a container
+holds that container's lock, except for the ones that must work while another waits: kill, wait, state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from katapy.agent.stdio import open_streams
+from katapy.config import Config
+from katapy.errors import AlreadyExists, InvalidState, KatapyError, NotFound
+from katapy.oci.bundle import Bundle, load_bundle
+from katapy.proto import agent_pb2
+from katapy.sandbox.machine import Machine, start_machine
+from katapy.sandbox.process import Exit, GuestProcess, StdioRequest
+from katapy.sandbox.record import Record
+from katapy.sandbox.sizing import vm_size
+from katapy.state import StateDir, Status
+from katapy.storage.shared_dir import TAG, SharedBind
+
+log = logging.getLogger(__name__)
+
+# A guest that does not answer must not hold up the end of its pod: what it has not done by then, it loses.
+_REMOVE_DEADLINE: Final = 10.0
+_DESTROY_DEADLINE: Final = 10.0
+_KILLED: Final = 128 + signal.SIGKILL
+
+
+@dataclass(eq=False)
+class Container:
+    """A container of the pod."""
+
+    bundle: Bundle
+    init: GuestProcess
+    record: Record
+    binds: list[str] = field(default_factory=list)
+    execs: dict[str, GuestProcess] = field(default_factory=dict)
+    exec_specs: dict[str, bytes] = field(default_factory=dict)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def processes(self) -> list[GuestProcess]:
+        """Return init and the others."""
+        return [self.init, *self.execs.values()]
+
+
+class Sandbox:
+    """A pod. ``directory`` is its private directory below ``root``; the first container brings up the VM."""
+
+    def __init__(self, root: Path, sandbox_id: str, config: Config) -> None:
+        self.root, self.id, self.directory = root, sandbox_id, root / sandbox_id
+        self._config = config
+        self._containers: dict[str, Container] = {}
+        self._stack = AsyncExitStack()
+        self._machine: Machine | None = None
+        self._starting = asyncio.Lock()
+        self._failure_watch: asyncio.Task[None] | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no container is left."""
+        return not self._containers
+
+    def process(self, container_id: str, exec_id: str = "") -> GuestProcess:
+        """Return a process. Raises NotFound."""
+        container = self._container(container_id)
+        if not exec_id:
+            return container.init
+        if exec_id not in container.execs:
+            raise NotFound(f"process {exec_id!r} of {container_id} does not exist")
+        return container.execs[exec_id]
+
+    def bundle(self, container_id: str) -> str:
+        """Return the bundle's directory of a container. Raises NotFound."""
+        return self._container(container_id).bundle.path
+
+    async def create(self, container_id: str, bundle_path: str, stdio: StdioRequest) -> GuestProcess:
+        """Create a container from a bundle; the first one boots the VM. On failure nothing of it is left."""
+        names = stdio.names()
+        bundle = await asyncio.to_thread(load_bundle, bundle_path)
+        if container_id in self._containers:
+            raise AlreadyExists(f"container with id exists: {container_id}")
+        process = GuestProcess(container_id, "", stdio)
+        container = Container(bundle, process, Record(self.root, container_id))
+        self._containers[container_id] = container
+        try:
+            machine = await self._running_machine(container)
+            spec = await asyncio.to_thread(self._share, machine, container)
+            log.debug("%s: files shared", container_id)
+            process.guest_pid = await machine.guarded(self._create_in_guest(machine, process, names, spec))
+        except BaseException:
+            await self._forget(container)
+            raise
+        process.watch = asyncio.create_task(self._watch(process), name=f"wait for {process.name}")
+        log.debug("%s: created", container_id)
+        container.record.created(bundle.spec.process.to_guest(), machine.parts.acceleration.kind.value)
+        return process
+
+    async def start(self, container_id: str, exec_id: str) -> GuestProcess:
+        """Let a created container or exec process run."""
+        container, process = self._container(container_id), self.process(container_id, exec_id)
+        async with container.lock:
+            process.require([Status.CREATED], "start")
+            machine = self._alive()
+            if exec_id:
+                container.init.require([Status.RUNNING], "start a process in")
+                await machine.guarded(self._exec_in_guest(machine, process, container.exec_specs[exec_id]))
+                process.watch = asyncio.create_task(self._watch(process), name=f"wait for {process.name}")
+            else:
+                await machine.guarded(machine.agent.start_container(container_id))
+            if process.status is Status.CREATED:
+                process.status = Status.RUNNING
+                if not exec_id:
+                    container.record.running()
+        return process
+
+    def add_exec(self, container_id: str, exec_id: str, process_json: bytes, stdio: StdioRequest) -> None:
+        """Note a process that ``start`` will run in a running container."""
+        container = self._container(container_id)
+        container.init.require([Status.RUNNING], "execute a process in")
+        stdio.names()
+        if exec_id in container.execs:
+            raise AlreadyExists(f"process {exec_id!r} of {container_id} exists")
+        container.execs[exec_id] = GuestProcess(container_id, exec_id, stdio)
+        container.exec_specs[exec_id] = process_json
+
+    async def kill(self, container_id: str, exec_id: str, number: int, *, everyone: bool) -> None:
+        """Send a signal. Raises NotFound when the process has ended."""
+        process = self.process(container_id, exec_id)
+        if process.status is Status.STOPPED:
+            raise NotFound("os: process already finished")
+        if exec_id and process.status is Status.CREATED:
+            process.finish(_KILLED, oom_killed=False)
+            return
+        machine = self._alive()
+        await machine.guarded(machine.agent.signal(container_id, exec_id, number, everyone=everyone))
+
+    async def resize(self, container_id: str, exec_id: str, *, rows: int, columns: int) -> None:
+        """Set the size of a process's terminal, in characters."""
+        machine = self._alive()
+        self.process(container_id, exec_id)
+        await machine.guarded(machine.agent.resize(container_id, exec_id, rows=rows, columns=columns))
+
+    async def close_stdin(self, container_id: str, exec_id: str) -> None:
+        """Close the standard input of a process."""
+        machine = self._alive()
+        self.process(container_id, exec_id)
+        await machine.guarded(machine.agent.close_stdin(container_id, exec_id))
+
+    async def pids(self, container_id: str) -> list[tuple[int, str]]:
+        """Return the pids in the guest of a container's processes, each with its exec id or an empty string."""
+        self._container(container_id)
+        machine = self._alive()
+        answer = await machine.guarded(machine.agent.processes(container_id))
+        return [(process.pid, process.exec_id) for process in answer.processes]
+
+    async def delete(self, container_id: str, exec_id: str) -> Exit:
+        """Remove a stopped or created container, or an exec process, and return how it ended."""
+        container, process = self._container(container_id), self.process(container_id, exec_id)
+        async with container.lock:
+            process.require([Status.STOPPED, Status.CREATED], "delete")
+            if exec_id:
+                process.close()
+                container.execs.pop(exec_id, None)
+                container.exec_specs.pop(exec_id, None)
+            else:
+                await self._forget(container)
+        return process.exit or Exit.now(_KILLED)
+
+    def attached(self, process: GuestProcess, pid: int) -> None:
+        """Note the host process that stands in for ``process``."""
+        process.host_pid = pid
+        if not process.exec_id:
+            self._container(process.container_id).record.attached(pid)
+
+    async def close(self) -> None:
+        """End the VM and everything in it, and remove what the pod has on the host. Idempotent."""
+        for container in list(self._containers.values()):
+            await self._forget(container)
+        if self._failure_watch is not None:
+            self._failure_watch.cancel()
+        machine, self._machine = self._machine, None
+        if machine is not None and machine.failed_with() is None:
+            # The guest writes back what it has cached; a guest that does not answer loses it.
+            with suppress(KatapyError):
+                await machine.guarded(machine.agent.destroy_sandbox(deadline=_DESTROY_DEADLINE))
+        await self._stack.aclose()
+
+    def remove(self) -> None:
+        """Remove the pod's own directory, as the very last thing."""
+        with suppress(NotFound):
+            StateDir.open(str(self.root), self.id).remove()
+
+    def _container(self, container_id: str) -> Container:
+        if container_id not in self._containers:
+            raise NotFound(f"container {container_id!r} does not exist")
+        return self._containers[container_id]
+
+    def _alive(self) -> Machine:
+        if self._machine is None:
+            raise InvalidState(f"the VM of {self.id} is not running")
+        if (failure := self._machine.failed_with()) is not None:
+            raise failure
+        return self._machine
+
+    async def _running_machine(self, container: Container) -> Machine:
+        async with self._starting:
+            if self._machine is None:
+                spec = container.bundle.spec
+                machine = await self._stack.enter_async_context(
+                    start_machine(
+                        self.id,
+                        self.directory,
+                        self._config,
+                        vm_size(self._config, spec, host_cpus=os.cpu_count() or 1),
+                        container.record.helpers,
+                    )
+                )
+                await machine.guarded(
+                    machine.agent.create_sandbox(self.id, hostname=spec.hostname, resolv_conf="", shared_tag=TAG)
+                )
+                self._machine = machine
+                self._failure_watch = asyncio.create_task(self._on_failure(machine), name="watch the machine")
+        return self._alive()
+
+    def _share(self, machine: Machine, container: Container) -> bytes:
+        """Put the container's files into the staging tree; return the configuration as the guest must see it."""
+        spec, tree = container.bundle.spec, machine.parts.tree
+
+        def add(name: str, source: str, *, read_only: bool, recursive: bool) -> str:
+            bind = SharedBind(name, source, read_only, recursive)
+            container.binds.append(name)
+            return tree.add(container.init.container_id, bind)
+
+        root = add("rootfs", container.bundle.rootfs, read_only=spec.root.read_only, recursive=True)
+        sources = {
+            bind.index: add(f"mount{bind.index}", bind.source, read_only=bind.read_only, recursive=bind.recursive)
+            for bind in spec.bind_mounts
+        }
+        return spec.to_guest(root=root, sources=sources)
+
+    async def _create_in_guest(self, machine: Machine, process: GuestProcess, names: list[str], spec: bytes) -> int:
+        stdio = await self._open_streams(machine, process, names)
+        return await machine.agent.create_container(process.container_id, spec, stdio)
+
+    async def _exec_in_guest(self, machine: Machine, process: GuestProcess, spec: bytes) -> None:
+        stdio = await self._open_streams(machine, process, process.stdio.names())
+        try:
+            process.guest_pid = await machine.agent.exec_process(process.container_id, process.exec_id, spec, stdio)
+        except BaseException:
+            process.close()
+            raise
+
+    async def _open_streams(self, machine: Machine, process: GuestProcess, names: list[str]) -> agent_pb2.Stdio:
+        process.streams, stdio = await open_streams(machine.connect, names, terminal=process.stdio.terminal)
+        process.opened.set()
+        return stdio
+
+    async def _watch(self, process: GuestProcess) -> None:
+        machine = self._alive()
+        try:
+            status, oom_killed = await machine.guarded(machine.agent.wait(process.container_id, process.exec_id))
+        except KatapyError as error:
+            process.lose(error)
+        else:
+            process.finish(status, oom_killed=oom_killed)
+        if not process.exec_id and (container := self._containers.get(process.container_id)):
+            container.record.stopped(process.exit.status if process.exit else _KILLED)
+
+    async def _on_failure(self, machine: Machine) -> None:
+        error = await machine.failure()
+        log.error("%s", error)
+        for container in self._containers.values():
+            for process in container.processes():
+                process.lose(error)
+            container.record.stopped(_KILLED)
+        # What is left of the machine is of no use, and may hold memory.
+        await self._stack.aclose()
+
+    async def _forget(self, container: Container) -> None:
+        """Remove every trace of a container: in the guest as far as that answers, on the host in any case."""
+        container_id, machine = container.init.container_id, self._machine
+        for process in container.processes():
+            process.close()
+            if process.exit is None and process.lost is None:
+                process.lose(NotFound(f"container {container_id!r} was deleted"))
+        if machine is not None and machine.failed_with() is None:
+            with suppress(KatapyError):
+                await machine.guarded(machine.agent.remove_container(container_id, deadline=_REMOVE_DEADLINE))
+            await asyncio.to_thread(machine.parts.tree.remove, container_id, container.binds)
+        self._containers.pop(container_id, None)
+        if container_id != self.id:
+            container.record.remove()

@@ -1,0 +1,94 @@
+"""The shim: one supervisor process per pod.
+
+Started by ``katapy.client.launch`` with two listening sockets in the sandbox directory: ``shim.sock`` serves
+containerd's Task API over ttrpc, ``attach.sock`` hands standard streams to the processes that stand in for the
+container on the host. It owns the virtual machine and all helpers; they die with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+from katapy import log as logs
+from katapy import run
+from katapy.config import Config
+from katapy.proto import task_pb2
+from katapy.sandbox.sandbox import Sandbox
+from katapy.shim.attach import AttachServer
+from katapy.shim.handler import AttachHandler
+from katapy.shim.task import TaskService
+from katapy.state import StateDir
+from katapy.storage.shared_dir import enter_private_mounts
+from katapy.transport.ttrpc_server import handler_table, serve
+
+log = logging.getLogger("katapy.shim")
+
+# What has been begun is done, also when the caller leaves; a Create whose caller has left is undone.
+FINISH: Final = ("Start", "Kill", "Delete", "Shutdown")
+
+TASK: Final = task_pb2.DESCRIPTOR.services_by_name["Task"]
+
+
+def main() -> int:
+    """Run until the pod is gone. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="katapy.shim", allow_abbrev=False)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--id", required=True)
+    parser.add_argument("--socket-fd", type=int, required=True)
+    parser.add_argument("--attach-fd", type=int, required=True)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--debug", action="store_true")
+    options = parser.parse_args()
+    logs.setup(debug=options.debug)
+    os.umask(0o077)
+    # Before any thread exists: a mount namespace belongs to the thread that asks for it and to its children.
+    enter_private_mounts()
+    asyncio.run(_serve(options))
+    return 0
+
+
+async def _serve(options: argparse.Namespace) -> None:
+    sandbox = Sandbox(options.directory.parent, options.id, Config.load(options.config))
+    service = TaskService(sandbox)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.done.set)
+    watch = asyncio.create_task(_watch_creator(sandbox, service), name="watch the creator")
+    try:
+        async with (
+            serve(
+                socket.socket(fileno=options.socket_fd), {TASK.full_name: handler_table(TASK, service, finish=FINISH)}
+            ),
+            AttachServer(socket.socket(fileno=options.attach_fd), AttachHandler(sandbox, service.done)),
+        ):
+            await service.done.wait()
+            await sandbox.close()
+    finally:
+        watch.cancel()
+        sandbox.remove()
+        log.debug("sandbox %s is gone", sandbox.id)
+
+
+async def _watch_creator(sandbox: Sandbox, service: TaskService) -> None:
+    """End the shim when whoever started it has died before it asked for a container: nobody else knows of it."""
+    with StateDir.open(str(sandbox.root), sandbox.id) as directory:
+        creator = directory.load().shim
+    if creator is not None and (fd := creator.open()) is not None:
+        try:
+            await run.readable(fd)
+        finally:
+            os.close(fd)
+    if sandbox.empty:
+        service.done.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

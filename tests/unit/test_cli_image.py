@@ -1,0 +1,93 @@
+"""`katapy image`: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import click.testing
+import pytest
+
+from katapy import assets
+from katapy.assets import KernelKind
+from katapy.cli.image import _age, image
+from katapy.errors import NotFound
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    data = tmp_path / "data"
+    with assets.lock(data), assets.staging(data) as built:
+        for name, file, facts in (("image", "root.erofs", {}), ("kernel", "vmlinux", {"version": "6.1.9-katapy"})):
+            (built / name).mkdir()
+            (built / name / file).write_bytes(b"x" * (3 << 19))
+            (built / name / "facts.json").write_text(json.dumps(facts))
+        assets.install_image(data, built / "image", inputs="i")
+        assets.install_kernel(data, built / "kernel", kind=KernelKind.TUNED, inputs="k")
+    return data
+
+
+def run(data: Path, *args: str) -> click.testing.Result:
+    settings = SimpleNamespace(config=SimpleNamespace(runtime=SimpleNamespace(data_dir=data)))
+    return click.testing.CliRunner().invoke(image, args, obj=settings)
+
+
+def test_table(data: Path) -> None:
+    digest = assets.find_image(data).digest
+    lines = run(data, "ls").stdout.splitlines()
+    assert [line.split() for line in lines] == [
+        ["DIGEST", "SIZE", "KERNEL", "AGE"],
+        [digest[:12], "1.5", "MiB", "6.1.9-katapy", "0", "seconds"],
+    ]
+
+
+def test_table_without_kernel(data: Path) -> None:
+    (data / "kernel").rename(data / "gone")
+    assert run(data, "ls").stdout.splitlines()[1].split()[3] == "-"
+
+
+def test_json(data: Path) -> None:
+    answer = json.loads(run(data, "ls", "--format", "json").stdout)
+    assert [(one["digest"], one["size"]) for one in answer["images"]] == [(assets.find_image(data).digest, 3 << 19)]
+    assert [(one["version"], one["kind"]) for one in answer["kernels"]] == [("6.1.9-katapy", "tuned")]
+
+
+def test_damage_is_told_and_the_rest_listed(data: Path) -> None:
+    assets.find_image(data).path.write_bytes(b"short")
+    done = run(data, "ls")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("DIGEST")
+    assert "is damaged" in done.stderr
+
+
+@pytest.mark.parametrize("args", [(), ("abcd", "--all")])
+def test_rm_wants_one_of_both(data: Path, args: tuple[str, ...]) -> None:
+    assert run(data, "rm", *args).exit_code == 2
+    assert assets.list_images(data)[0]
+
+
+def test_rm(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    digest = assets.find_image(data).digest
+    assert run(data, "rm", digest[:4]).stdout == f"{digest}\n"
+    with pytest.raises(NotFound):
+        assets.find_image(data)
+    assert assets.find_kernel(data).version == "6.1.9-katapy"
+
+
+@pytest.mark.parametrize("command", [["build"], ["rm", "--all"]])
+def test_root_only(data: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    done = run(data, *command)
+    assert "must run as root" in str(done.exception)
+    assert assets.list_images(data)[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 seconds"), (119, "119 seconds"), (120, "2 minutes"), (7200, "2 hours"), (172800, "2 days")],
+)
+def test_age(monkeypatch: pytest.MonkeyPatch, seconds: int, text: str) -> None:
+    monkeypatch.setattr("time.time", lambda: 1000.0 + seconds)
+    assert _age(1000.0) == text
