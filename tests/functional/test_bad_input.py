@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KATAPY, Katapy, MakeBundle
+from harness import KATAPY, Katapy, MakeBundle
 
 
 def _one_line(done: subprocess.CompletedProcess[bytes], expected: str, status: int = 1) -> None:

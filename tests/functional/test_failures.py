@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DEADLINE, Katapy, MakeBundle, _descendants
+from harness import DEADLINE, Katapy, MakeBundle, descendants
 
 # "Within 2 s" is the promise; a shared machine may be slow.
 SOON = 20.0
@@ -86,7 +86,7 @@ def test_guest_that_does_not_answer(katapy: Katapy, bundle: MakeBundle) -> None:
 def test_command_killed_during_boot(katapy: Katapy, bundle: MakeBundle) -> None:
     process = katapy.start("run", "--bundle", bundle(["true"]), "c1")
     deadline = time.monotonic() + DEADLINE
-    while not any("qemu" in name for name in _descendants().values()):
+    while not any("qemu" in name for name in descendants().values()):
         assert time.monotonic() < deadline
     process.kill()
     process.wait()

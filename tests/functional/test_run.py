@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEADLINE, Katapy, MakeBundle
+from harness import DEADLINE, Katapy, MakeBundle
 
 
 def sh(script: str) -> list[str]:
@@ -71,9 +71,10 @@ def test_namespaces_limits_and_privileges(katapy: Katapy, bundle: MakeBundle, tm
         ]
         volume.chmod(0o777)
         linux["resources"] |= {
-            "memory": {"limit": 100 << 20},
+            "memory": {"limit": 100 << 20, "reservation": 16 << 20},
             "pids": {"limit": 33},
-            "cpu": {"quota": 50_000, "period": 100_000},
+            "cpu": {"shares": 512, "quota": 50_000, "period": 100_000, "cpus": "0", "mems": "0"},
+            "unified": {"memory.high": str(90 << 20)},
         }
         linux["sysctl"] = {"kernel.msgmax": "5000"}
         linux["seccomp"] = {
@@ -96,6 +97,8 @@ def test_namespaces_limits_and_privileges(katapy: Katapy, bundle: MakeBundle, tm
         ls /dev | tr '\n' ' '
         echo; mount | grep ' / '
         cd /sys/fs/cgroup && echo memory=$(cat memory.max) pids=$(cat pids.max) cpu=$(cat cpu.max | tr ' ' /)
+        echo weight=$(cat cpu.weight) cpus=$(cat cpuset.cpus) mems=$(cat cpuset.mems)
+        echo low=$(cat memory.low) high=$(cat memory.high) cgroup=$(cat /proc/self/cgroup); ls -d katapy
         echo done
     """
     done = katapy("run", "--bundle", bundle(sh(script), edit=edit), "c1")
@@ -113,12 +116,15 @@ def test_namespaces_limits_and_privileges(katapy: Katapy, bundle: MakeBundle, tm
         "readonly-sys",
         "no-chmod",
         "memory=104857600 pids=33 cpu=50000/100000",
+        "weight=20 cpus=0 mems=0",
+        "low=16777216 high=94371840 cgroup=0::/",
         "done",
     ):
         assert fact in out, out
     devices = next(line.split() for line in out.splitlines() if " null " in f" {line} ")
     assert {"null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "fd", "stdin"} <= set(devices)
     assert "vda" not in devices
+    assert "katapy: No such file" in done.stderr.decode()  # no cgroup but its own is in sight
     assert (volume / "file").read_text() == "written\n"
     assert (secret / "key").read_text() == "s3cret"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Katapy, MakeBundle
+from harness import Katapy, MakeBundle
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import IO, Any
 
-from conftest import DEADLINE, Katapy, MakeBundle
+from harness import DEADLINE, Katapy, MakeBundle
 
 MIB = 1 << 20
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEADLINE, Katapy, MakeBundle
+from harness import DEADLINE, Katapy, MakeBundle
 
 PROGRAM = r"""
 import hashlib, json, multiprocessing, os, pathlib, socket, sqlite3, subprocess, sys, tempfile, threading

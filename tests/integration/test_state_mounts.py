@@ -18,7 +18,7 @@ from katapy.errors import InvalidState, Unavailable
 from katapy.state import State, StateDir, Status
 
 linux.unshare(linux.CLONE_NEWNS)
-linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
+linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)
 root, precious = sys.argv[1:]
 state = State("c1", "/b", "/b/rootfs", "c1", Status.STOPPED, "2024-01-01T00:00:00Z", "1.2.0", 0)
 directory = StateDir.create(root, state)
