@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,8 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     "LC_ALL": "C.UTF-8",
 }
 SETPRIV: Final = "/usr/bin/setpriv"
+# A process stuck in the kernel does not see even SIGKILL. It must not hold up the end of everything else.
+_KILL_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -67,21 +70,32 @@ class Process:
         self._close()
         return status
 
-    async def stop(self, *, grace: float) -> int:
-        """End the process: SIGTERM, after ``grace`` seconds SIGKILL, then reap. Returns the exit status."""
+    async def stop(self, *, grace: float) -> int | None:
+        """End the process: SIGTERM, after ``grace`` seconds SIGKILL, then reap.
+
+        Returns the exit status, None where the process has not ended 10 s after SIGKILL.
+        """
         import asyncio
 
-        self.signal(signal.SIGTERM if grace > 0 else signal.SIGKILL)
+        if grace > 0:
+            self.signal(signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace):
+                    return await self.wait()
+        self.signal(signal.SIGKILL)
         try:
-            async with asyncio.timeout(grace or None):
+            async with asyncio.timeout(_KILL_SECONDS):
                 return await self.wait()
         except TimeoutError:
-            self.signal(signal.SIGKILL)
-            return await self.wait()
+            self._give_up()
+            return None
 
     def kill(self) -> None:
-        """End the process at once and reap it, without an event loop."""
+        """End the process at once and reap it, without an event loop; one that does not end in 10 s is left."""
         self.signal(signal.SIGKILL)
+        if self._popen.returncode is None and not _ends_within(self._pidfd, _KILL_SECONDS):
+            self._give_up()
+            return
         self._popen.wait()
         self._close()
 
@@ -91,6 +105,11 @@ class Process:
         self._popen.returncode = 0
         self._close()
         return self.pid
+
+    def _give_up(self) -> None:
+        import logging  # not above: the command line starts processes and logs nothing
+
+        logging.getLogger(__name__).error("%s does not end: pid %d is stuck in the kernel", self.name, self.pid)
 
     def _close(self) -> None:
         if self._pidfd >= 0:
@@ -112,6 +131,12 @@ async def readable(fd: int) -> None:
     finally:
         loop.remove_reader(own)
         os.close(own)
+
+
+def _ends_within(pidfd: int, seconds: float) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
 
 
 def start(
@@ -155,7 +180,12 @@ def start(
         )
     except OSError as error:
         raise Unavailable(f"cannot start {name}: {error.strerror}") from error
-    return Process(name, popen.pid, popen, os.pidfd_open(popen.pid))
+    try:
+        return Process(name, popen.pid, popen, os.pidfd_open(popen.pid))
+    except OSError as error:
+        popen.kill()
+        popen.wait()
+        raise Unavailable(f"cannot watch {name}: {error.strerror}") from error
 
 
 def output(argv: Sequence[str], *, timeout: float = 60.0) -> str:

@@ -1,0 +1,77 @@
+"""Processes that katapy starts: none is lost, and none that cannot be ended holds up the rest."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from katapy import run
+from katapy.errors import Unavailable
+
+SLEEP = ["/usr/bin/sleep", "1000"]
+
+
+def children() -> set[str]:
+    """Return the pids of this process's children, dead ones that nobody has reaped among them."""
+    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    before = children()
+    yield
+    assert children() - before == set()
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[run.Process]:
+    """A process that takes no signal, as one does that waits for a dead disk inside the kernel."""
+    process = run.start(SLEEP, name="the sleeper")
+    with monkeypatch.context() as deaf:
+        deaf.setattr(signal, "pidfd_send_signal", lambda _pidfd, _number: None)
+        deaf.setattr(run, "_KILL_SECONDS", 0.05)
+        yield process
+    process.kill()
+
+
+@pytest.mark.timeout(10)
+async def test_stopping_what_is_stuck_in_the_kernel(stuck: run.Process, caplog: pytest.LogCaptureFixture) -> None:
+    """One helper in uninterruptible sleep kept a pod's end waiting for ever."""
+    assert await stuck.stop(grace=0.01) is None
+    assert caplog.messages == [f"the sleeper does not end: pid {stuck.pid} is stuck in the kernel"]
+
+
+@pytest.mark.timeout(10)
+def test_killing_what_is_stuck_in_the_kernel(stuck: run.Process, caplog: pytest.LogCaptureFixture) -> None:
+    """The wait after SIGKILL had no deadline."""
+    stuck.kill()
+    assert caplog.messages == [f"the sleeper does not end: pid {stuck.pid} is stuck in the kernel"]
+
+
+async def test_stop_and_kill_reap() -> None:
+    first, second = run.start(SLEEP, name="first"), run.start(SLEEP, name="second")
+    assert await first.stop(grace=5) == -signal.SIGTERM
+    assert await first.stop(grace=0) == -signal.SIGTERM
+    second.kill()
+    second.kill()
+    assert second.poll() == -signal.SIGKILL
+
+
+def test_a_process_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pidfd_open failed (no descriptor left), the process ran on and nobody knew of it."""
+    pids: list[int] = []
+
+    def pidfd_open(pid: int) -> int:
+        pids.append(pid)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    with pytest.raises(Unavailable, match=r"^cannot watch the sleeper: Too many open files$"):
+        run.start(SLEEP, name="the sleeper")
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
