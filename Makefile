@@ -10,17 +10,24 @@ BIN := .venv/bin
 PROTOC := $(BIN)/python -m grpc_tools.protoc
 export PYTHON
 
-# A stamp is of no use where what it stands for has gone: then FORCE does the work again.
-gone = $(if $(strip $(wildcard $(1))),,FORCE)
+HELLO := examples/hello
 PROGRAMS := /usr/bin/qemu-system-x86_64 /usr/lib/qemu/virtiofsd /usr/bin/mmdebstrap /usr/bin/mkfs.erofs /bin/busybox
-RECIPE := $(wildcard images/* guest-agent/init guest-agent/katapy_agent/*.py)
+RECIPE := $(filter-out %/__pycache__,$(wildcard images/* guest-agent/init guest-agent/katapy_agent/*.py))
+
+# A stamp is of no use where what it stands for has gone, or is another now: then FORCE does the work again.
+gone = $(if $(strip $(wildcard $(1))),,FORCE)
+# The environment's programs name their Python by its path.
+moved := $(if $(findstring $(CURDIR)/$(BIN)/,$(file <$(BIN)/pip)),,FORCE)
+# The image's stamp holds the names of what went in.
+removed := $(if $(filter-out $(RECIPE),$(file <build/image)),FORCE)
+# The example's configuration holds the host's kernel.
+rebooted := $(if $(findstring HOST_KERNEL=$(file </proc/sys/kernel/osrelease)",$(file <$(HELLO)/config.json)),,FORCE)
 
 .PHONY: run setup test unit soak lint format proto image guest-kernel install uninstall clean help FORCE
 .DELETE_ON_ERROR:
 
-run: setup ## set up, then run examples/hello in a virtual machine
-	@examples/hello/prepare
-	@$(BIN)/katapy run --bundle examples/hello hello
+run: setup $(HELLO)/config.json ## set up, then run examples/hello in a virtual machine
+	@$(BIN)/katapy run --bundle $(HELLO) hello
 
 setup: build/packages .venv/installed build/image ## packages, virtual environment, guest image and kernel
 
@@ -28,13 +35,17 @@ build/packages: scripts/setup $(foreach program,$(PROGRAMS),$(call gone,$(progra
 	@scripts/setup packages
 	@touch $@
 
-.venv/installed: pyproject.toml build/packages $(call gone,$(BIN)/katapy)
+.venv/installed: pyproject.toml build/packages $(call gone,$(BIN)/katapy) $(moved)
 	@scripts/setup venv
 	@touch $@
 
-build/image: .venv/installed $(RECIPE) $(call gone,$(DATA_DIR)/image/*/image.json) $(call gone,$(DATA_DIR)/kernel/*/kernel.json)
+build/image: .venv/installed $(RECIPE) $(removed) $(foreach asset,image kernel,$(call gone,$(DATA_DIR)/$(asset)/*/$(asset).json))
 	@$(BIN)/katapy image build
-	@touch $@
+	@echo $(RECIPE) > $@
+
+$(HELLO)/config.json: build/packages $(wildcard /bin/busybox) $(addprefix $(HELLO)/,prepare hello.sh config.json.in) \
+		$(call gone,$(HELLO)/rootfs/bin/hello) $(rebooted)
+	@$(HELLO)/prepare
 
 test: setup lint ## all tests but the long ones; as root
 	@for tests in tests/unit guest-agent/tests tests/integration tests/functional; do \
