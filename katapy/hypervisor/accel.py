@@ -26,7 +26,8 @@ from katapy.errors import KatapyError, Unavailable
 
 CACHE_DIR: Final = Path("/run/katapy")
 KVM_DEVICE: Final = Path("/dev/kvm")
-_CACHE_NAME: Final = "acceleration.json"
+# Beside the containers' directories, and '~' is in no id.
+_CACHE_NAME: Final = "~acceleration.json"
 _CACHE_BYTES: Final = 4096
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _CPUINFO: Final = Path("/proc/cpuinfo")

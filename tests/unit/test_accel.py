@@ -7,8 +7,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import click.testing
 import pytest
 
+from katapy.cli import cli
 from katapy.errors import Unavailable
 from katapy.hypervisor.accel import (
     Acceleration,
@@ -70,7 +72,15 @@ def test_a_verdict_is_remembered_for_this_boot_only(tmp_path: Path) -> None:
     remember(directory, BOOT, KVM)
     assert recall(directory, BOOT) == KVM
     assert recall(directory, "another boot") is None
-    assert [entry.name for entry in directory.iterdir()] == ["acceleration.json"]
+    assert [entry.name for entry in directory.iterdir()] == ["~acceleration.json"]
+
+
+def test_a_remembered_verdict_is_no_container(tmp_path: Path) -> None:
+    """It had the name of one: on every host with KVM `katapy list` said that its state could not be opened."""
+    remember(tmp_path, BOOT, KVM)
+    done = click.testing.CliRunner().invoke(cli, ["--root", str(tmp_path), "list"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout.split() == ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"]
 
 
 @pytest.mark.parametrize(
@@ -89,22 +99,22 @@ def test_a_verdict_is_remembered_for_this_boot_only(tmp_path: Path) -> None:
 )
 def test_a_corrupt_cache_counts_as_none(tmp_path: Path, text: bytes) -> None:
     remember(tmp_path, BOOT, KVM)
-    (tmp_path / "acceleration.json").write_bytes(text)
+    (tmp_path / "~acceleration.json").write_bytes(text)
     assert recall(tmp_path, BOOT) is None
 
 
 def test_a_cache_that_others_may_write_counts_as_none(tmp_path: Path) -> None:
     remember(tmp_path, BOOT, KVM)
-    (tmp_path / "acceleration.json").chmod(0o666)
+    (tmp_path / "~acceleration.json").chmod(0o666)
     assert recall(tmp_path, BOOT) is None
-    (tmp_path / "acceleration.json").chmod(0o600)
+    (tmp_path / "~acceleration.json").chmod(0o600)
     tmp_path.chmod(0o777)
     assert recall(tmp_path, BOOT) is None
 
 
 def test_a_cache_that_is_a_link_or_a_fifo_counts_as_none(tmp_path: Path) -> None:
     remember(tmp_path, BOOT, KVM)
-    cache = tmp_path / "acceleration.json"
+    cache = tmp_path / "~acceleration.json"
     cache.rename(tmp_path / "elsewhere")
     cache.symlink_to("elsewhere")
     assert recall(tmp_path, BOOT) is None
