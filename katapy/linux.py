@@ -19,6 +19,7 @@ MS_NOEXEC: Final = 0x8
 MS_REMOUNT: Final = 0x20
 MS_BIND: Final = 0x1000
 MS_REC: Final = 0x4000
+MS_PRIVATE: Final = 0x40000
 MS_SLAVE: Final = 0x80000
 MS_SHARED: Final = 0x100000
 
@@ -95,9 +96,9 @@ def move_mount(tree: int, target_fd: int) -> None:
     _check(_libc.syscall(_SYS_MOVE_MOUNT, tree, b"", target_fd, b"", flags), "move_mount")
 
 
-def mount_setattr(tree: int, *, set_: int, recursive: bool) -> None:
-    """Set MOUNT_ATTR_* flags on the mount behind the descriptor ``tree`` (mount_setattr(2))."""
-    attr = struct.pack("=QQQQ", set_, 0, 0, 0)
+def mount_setattr(tree: int, *, set_: int, propagation: int = 0, recursive: bool) -> None:
+    """Set MOUNT_ATTR_* flags, and MS_* propagation unless 0, of the mount behind ``tree`` (mount_setattr(2))."""
+    attr = struct.pack("=QQQQ", set_, 0, propagation, 0)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     _check(_libc.syscall(_SYS_MOUNT_SETATTR, tree, b"", flags, attr, len(attr)), "mount_setattr")
 

@@ -14,6 +14,7 @@ flags), and read-only on the host where the container may only read.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import suppress
@@ -67,6 +68,7 @@ class SharedTree:
             linux.mount(None, str(self.export), None, linux.MS_SHARED)
             linux.mount(None, str(self.export), None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | flags)
         except OSError as error:
+            self.close()
             raise Unavailable(f"cannot make the staging tree at {top}: {error.strerror}") from error
 
     def add(self, container_id: str, bind: SharedBind) -> str:
@@ -82,7 +84,9 @@ class SharedTree:
         try:
             self._make_target(relative, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
             attributes = _RESTRICTED | (linux.MOUNT_ATTR_RDONLY if bind.read_only else 0)
-            linux.mount_setattr(tree, set_=attributes, recursive=bind.recursive)
+            # The flags are for what is mounted now. Private, so that what the host mounts below the source later does
+            # not come here without them; recursive, for what came since the clone was made.
+            linux.mount_setattr(tree, set_=attributes, propagation=linux.MS_PRIVATE, recursive=True)
             export = os.open(self.export, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 target = linux.openat2(export, relative, os.O_PATH, resolve=_BENEATH)
@@ -101,13 +105,14 @@ class SharedTree:
     def remove(self, container_id: str, names: list[str]) -> None:
         """Take a container's binds away again, newest first. Names that are not there are passed over."""
         for name in reversed(names):
-            # The path has no part that a guest could have made; see the module's docstring.
             try:
-                linux.umount(str(self.export / container_id / name), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    self._unbind(f"{container_id}/{name}")
             except OSError as error:
                 raise Unavailable(f"cannot unmount {name} of {container_id}: {error.strerror}") from error
+        # Never made, or more is bound in it than was named.
+        with suppress(OSError):
+            (self._rw / container_id).rmdir()
 
     def close(self) -> None:
         """Take the tree away, with whatever is still bound in it. Idempotent."""
@@ -123,6 +128,19 @@ class SharedTree:
             path.mkdir(mode=0o755, exist_ok=True)
         else:
             path.touch(mode=0o644)
+
+    def _unbind(self, relative: str) -> None:
+        # The path has no part that a guest could have made; see the module's docstring.
+        try:
+            linux.umount(str(self.export / relative), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # nothing is mounted on it: the bind failed half-way
+                raise
+        target = self._rw / relative
+        if target.is_dir():
+            target.rmdir()
+        else:
+            target.unlink()
 
 
 def _clone(*, recursive: bool) -> int:
