@@ -10,13 +10,15 @@ import asyncio
 import secrets
 import socket
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
-from katapy.errors import KatapyError, Unavailable
+from katapy.errors import Timeout, Unavailable
 from katapy.proto import agent_pb2
 
 PORT: Final = 1025
+_NAME_SECONDS: Final = 10.0
 
 Connect = Callable[[int], Coroutine[Any, Any, socket.socket]]
 
@@ -68,14 +70,17 @@ async def open_streams(
 
 
 async def _open(connect: Connect, name: str) -> socket.socket:
-    sock = await connect(PORT)
-    try:
+    with ExitStack() as stack:
+        sock = stack.enter_context(await connect(PORT))
         encoded = name.encode()
-        await asyncio.get_running_loop().sock_sendall(sock, bytes([len(encoded)]) + encoded)
-    except OSError as error:
-        sock.close()
-        raise Unavailable(f"cannot open a stream to the guest: {error.strerror}") from error
-    except (KatapyError, asyncio.CancelledError):
-        sock.close()
-        raise
-    return sock
+        try:
+            # A guest may never give the credit for even these bytes.
+            async with asyncio.timeout(_NAME_SECONDS):
+                await asyncio.get_running_loop().sock_sendall(sock, bytes([len(encoded)]) + encoded)
+        except TimeoutError as error:
+            text = f"cannot open a stream to the guest: it did not take the name within {_NAME_SECONDS:g} s"
+            raise Timeout(text) from error
+        except OSError as error:
+            raise Unavailable(f"cannot open a stream to the guest: {error.strerror}") from error
+        stack.pop_all()
+        return sock
