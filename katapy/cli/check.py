@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import click
 
@@ -15,6 +15,8 @@ from katapy.errors import KatapyError
 
 if TYPE_CHECKING:
     from katapy.config import Config
+
+_UNSHARE: Final = "/usr/bin/unshare"
 
 
 class Finding(NamedTuple):
@@ -49,6 +51,7 @@ def check(settings: Settings, style: str) -> int:
 def _findings(config: Config) -> Iterator[Finding]:
     probes: dict[str, Callable[[Config], str]] = {
         "user": _user,
+        "mounts": _mounts,
         "accelerator": _accelerator,
         "qemu": _qemu,
         "virtiofsd": _virtiofsd,
@@ -71,6 +74,21 @@ def _user(_config: Config) -> str:
     return "root"
 
 
+def _mounts(_config: Config) -> str:
+    from katapy import run
+    from katapy.errors import NotFound, Unavailable
+
+    try:
+        # Makes its mounts private, too, which some hosts forbid even where the namespace is allowed.
+        run.output([_UNSHARE, "--mount", "/bin/true"])
+    except NotFound as error:
+        raise NotFound(f"{_UNSHARE} is missing; apt-get install util-linux") from error
+    except Unavailable as error:
+        hint = "katapy needs CAP_SYS_ADMIN; a container that it runs in must be a privileged one"
+        raise Unavailable(f"cannot make a mount namespace: {error}; {hint}") from error
+    return "a mount namespace of its own"
+
+
 def _accelerator(config: Config) -> str:
     from katapy.cli import emulation
     from katapy.hypervisor.accel import Kind, probe, require
@@ -84,13 +102,18 @@ def _accelerator(config: Config) -> str:
 
 def _qemu(config: Config) -> str:
     from katapy import run
-    from katapy.errors import NotFound
+    from katapy.errors import NotFound, Unavailable
 
     path = str(config.hypervisor.qemu)
     try:
-        return f"{run.output([path, '--version']).splitlines()[0]} ({path})"
+        lines = run.output([path, "--version"]).splitlines()
     except NotFound as error:
         raise NotFound(f"{path} is missing; apt-get install qemu-system-x86") from error
+    except OSError as error:
+        raise Unavailable(f"cannot run {path}: {(error.strerror or str(error)).lower()}") from error
+    if not lines:
+        raise Unavailable(f"{path} has no version: is it QEMU?")
+    return f"{lines[0]} ({path})"
 
 
 def _virtiofsd(config: Config) -> str:

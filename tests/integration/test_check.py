@@ -1,0 +1,62 @@
+"""`katapy check` on hosts where no container could run: it says so, and what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from katapy.run import SETPRIV
+
+KATAPY = Path(sys.executable).with_name("katapy")
+
+
+def _check(*options: str | Path, prefix: tuple[str, ...] = ()) -> dict[str, tuple[bool, str]]:
+    """Return what was found, by its name: whether it is good, and the text."""
+    argv = [*prefix, KATAPY, *options, "check", "--format", "json"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.stderr == ""
+    findings = {one["name"]: (one["ok"], one["detail"]) for one in json.loads(done.stdout)}
+    assert done.returncode == (0 if all(ok for ok, _ in findings.values()) else 1)
+    return findings
+
+
+@pytest.mark.root
+def test_a_mount_namespace_can_be_made() -> None:
+    assert _check()["mounts"] == (True, "a mount namespace of its own")
+
+
+@pytest.mark.root
+def test_a_container_without_privileges_is_told() -> None:
+    """All was well in one, and the first run failed."""
+    findings = _check(prefix=(SETPRIV, "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", "--"))
+    ok, detail = findings["mounts"]
+    assert findings["user"] == (True, "root")
+    assert not ok
+    assert "CAP_SYS_ADMIN" in detail
+    assert "privileged" in detail
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "words"),
+    [
+        ("#!/bin/sh\n", 0o644, "permission denied"),
+        ("#!/bin/sh\n", 0o755, "has no version"),
+        ("no program\n", 0o755, "exec format error"),
+        (None, 0, "is missing; apt-get install qemu-system-x86"),
+    ],
+)
+def test_a_qemu_that_cannot_be_run_is_named(tmp_path: Path, text: str | None, mode: int, words: str) -> None:
+    """All but the last ended the whole check as an internal error."""
+    qemu, config = tmp_path / "qemu", tmp_path / "katapy.toml"
+    if text is not None:
+        qemu.write_text(text)
+        qemu.chmod(mode)
+    config.write_text(f'[hypervisor]\nqemu = "{qemu}"\n')
+    ok, detail = _check("--config", config)["qemu"]
+    assert not ok
+    assert str(qemu) in detail
+    assert words in detail
