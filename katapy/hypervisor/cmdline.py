@@ -48,7 +48,7 @@ _TAG_MAX: Final = 36  # virtio 1.2, 5.11.4: the tag field of virtio-fs
 _SERIAL_MAX: Final = 20  # VIRTIO_BLK_ID_BYTES
 _CID_MIN: Final = 3  # 0 to 2 are reserved (vsock(7))
 _CID_MAX: Final = 0xFFFFFFFE  # above is VMADDR_CID_ANY
-_VCPUS_MAX: Final = 255  # more would need an IOMMU with interrupt remapping
+VCPUS_MAX: Final = 255  # more would need an IOMMU with interrupt remapping
 _MIB: Final = 1 << 20
 _VIRTIO_FS_QUEUE: Final = 1024
 
@@ -96,8 +96,8 @@ def build_argv(config: VmConfig, fds: Descriptors, *, name: str) -> list[str]:
 
 
 def _check_size(config: VmConfig) -> None:
-    if not 1 <= config.vcpus <= _VCPUS_MAX:
-        raise InvalidArgument(f"cannot give a VM {config.vcpus} vCPUs: 1 to {_VCPUS_MAX} are possible")
+    if not 1 <= config.vcpus <= VCPUS_MAX:
+        raise InvalidArgument(f"cannot give a VM {config.vcpus} vCPUs: 1 to {VCPUS_MAX} are possible")
     if config.memory_bytes < 32 * _MIB or config.memory_bytes % _MIB:
         raise InvalidArgument(f"cannot give a VM {config.memory_bytes} bytes of memory: whole MiB from 32 on")
 

@@ -26,8 +26,24 @@ MIB = 1 << 20
         ({"cpu": {"quota": 50_000}}, Size(1, 256 * MIB)),
         ({"cpu": {"quota": 10**12}}, Size(4, 256 * MIB)),
         ({"cpu": {"quota": 200_000, "period": 0}}, Size(2, 256 * MIB)),
+        ({"cpu": {"cpus": "0"}}, Size(1, 256 * MIB)),
+        ({"cpu": {"cpus": "0-1,2", "quota": 100_000}}, Size(3, 256 * MIB)),
+        ({"cpu": {"cpus": "2,0-1", "quota": 400_000}}, Size(4, 256 * MIB)),
+        ({"cpu": {"cpus": "7-63"}}, Size(4, 256 * MIB)),
     ],
 )
 def test_size(resources: dict[str, Any], size: Size) -> None:
+    """The last ones did not start: their CPUs could not be set in a guest that had fewer."""
+    assert size_of(resources, host_cpus=4) == size
+
+
+@pytest.mark.parametrize("cpu", [{"quota": 100_000_000}, {"cpus": "0-319"}])
+def test_a_vm_has_no_more_cpus_than_qemu_gives(cpu: dict[str, Any]) -> None:
+    """On a host with more than 255 CPUs the VM was refused."""
+    assert size_of({"cpu": cpu}, host_cpus=320).vcpus == 255
+
+
+def size_of(resources: dict[str, Any], *, host_cpus: int) -> Size:
     document = default_spec() | {"linux": {"resources": resources}}
-    assert vm_size(Config(), parse_spec(json.dumps(document).encode(), bundle="/bundle"), host_cpus=4) == size
+    spec = parse_spec(json.dumps(document).encode(), bundle="/bundle")
+    return vm_size(Config(), spec, host_cpus=host_cpus)
