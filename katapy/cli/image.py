@@ -75,10 +75,10 @@ def list_assets(style: str) -> None:
 
 
 @image.command("rm")
-@click.argument("digest", required=False)
+@click.argument("digests", metavar="DIGEST...", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Remove all images, and all kernels with them.")
-def remove(digest: str | None, everything: bool) -> None:
-    """Remove a guest image by the first digits of its digest. Virtual machines that run are not affected.
+def remove(digests: tuple[str, ...], everything: bool) -> None:
+    """Remove guest images by the first digits of their digests. Virtual machines that run are not affected.
 
     \b
     Examples:
@@ -87,10 +87,12 @@ def remove(digest: str | None, everything: bool) -> None:
     """
     from katapy.cli import require_root
 
-    if everything is (digest is not None):
+    if everything is bool(digests):
         raise click.UsageError("give either a DIGEST or --all")
     require_root("remove a guest image")
-    for name in assets.remove_all(_data_dir()) if digest is None else [assets.remove_image(_data_dir(), digest)]:
+    # One by one: what is removed is told, also where a later one is not there.
+    removed = (assets.remove_image(_data_dir(), digest) for digest in digests)
+    for name in assets.remove_all(_data_dir()) if everything else removed:
         click.echo(name)
 
 

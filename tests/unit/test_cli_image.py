@@ -76,6 +76,19 @@ def test_rm(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert assets.find_kernel(data).version == "6.1.9-katapy"
 
 
+def test_rm_takes_several(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manual said so, and the second was an unexpected argument."""
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    digests = [assets.find_image(data).digest, "0" * 64, "1" * 64]
+    for digest in digests[1:]:
+        (data / "image" / digest).mkdir()
+    assert run(data, "rm", *digests[:2]).stdout.splitlines() == digests[:2]
+    done = run(data, "rm", digests[2], "ffff")
+    assert isinstance(done.exception, NotFound)
+    assert done.stdout == f"{digests[2]}\n"
+    assert not list((data / "image").iterdir())
+
+
 @pytest.mark.parametrize("command", [["build"], ["rm", "--all"]])
 def test_root_only(data: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
