@@ -16,6 +16,11 @@ CONFIG_LOCALVERSION="-katapy"
 # CONFIG_VT is not set
 CONFIG_MODULES=y
 """
+# Built in, each makes a device when the kernel starts: dummy0, ifb0, bond0, sit0, tunl0, gre0, ip_vti0, ip6tnl0, loop0.
+UNASKED = """
+BONDING DUMMY IFB IPV6_GRE IPV6_SIT IPV6_TUNNEL IPV6_VTI NET_IPGRE NET_IPIP NET_IPVTI
+BLK_DEV_LOOP BLK_DEV_NBD BLK_DEV_RAM ZRAM
+"""
 
 
 @pytest.mark.parametrize(
@@ -35,3 +40,9 @@ def test_the_fragment_names_each_option_once() -> None:
     names = re.findall(r"^(CONFIG_\w+)=", FRAGMENT, re.MULTILINE)
     assert len(names) > 100
     assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_the_kernel_makes_no_device_that_nobody_asked_for() -> None:
+    """Every container saw an interface dummy0 beside lo."""
+    names = {name.removeprefix("CONFIG_") for name in re.findall(r"^(CONFIG_\w+)=", FRAGMENT, re.MULTILINE)}
+    assert not names & set(UNASKED.split())
