@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="build although nothing has changed")
     arguments = parser.parse_args()
     data_dir = arguments.data_dir.absolute()
-    source = unpack_source()
+    source = debian.with_current_lists(unpack_source)
     inputs = hashlib.sha256(b"%s\0%s" % (source.parent.name.encode(), _FRAGMENT.read_bytes())).hexdigest()
     present = [kernel for kernel in assets.list_kernels(data_dir)[0] if kernel.inputs == inputs]
     if present and not arguments.force:

@@ -66,9 +66,9 @@ def _download(directory: Path) -> None:
 def build_kernel(work: Path, output: Path, _cache: Path) -> None:
     """Unpack Debian's kernel and make its initramfs in ``output``. Raises BuildError."""
     with step("Debian's kernel"):
-        package = debian.dependency("linux-image-cloud-amd64", "linux-image-[0-9].*-cloud-amd64")
         unpacked = work / "kernel-package"
-        version = debian.unpack(package, unpacked)
+        pattern = "linux-image-[0-9].*-cloud-amd64"
+        package, version = debian.unpack_dependency("linux-image-cloud-amd64", pattern, unpacked)
         release = package.removeprefix("linux-image-")
         shutil.copy(unpacked / f"boot/vmlinuz-{release}", output / "vmlinuz")
         (output / "initramfs.cpio").write_bytes(initramfs.build(unpacked / "lib/modules" / release, _BUSYBOX))

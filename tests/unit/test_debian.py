@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import debian
 import pytest
@@ -50,5 +51,51 @@ def test_the_dependency_of_a_metapackage(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(debian, "call", lambda argv: listed)
     pattern = "linux-image-[0-9].*-cloud-amd64"
     assert debian.dependency("linux-image-cloud-amd64", pattern) == "linux-image-6.1.0-56-cloud-amd64"
-    with pytest.raises(BuildError, match="run: apt-get update"):
+    with pytest.raises(BuildError, match="apt knows no linux-image-cloud-amd64"):
         debian.dependency("linux-image-cloud-amd64", "linux-image-.*-rt-amd64")
+
+
+class Apt:
+    """Lists from before the archives got a new kernel, until they are fetched anew."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __call__(self, argv: Sequence[str], *, cwd: Path = Path("/")) -> str:
+        self.calls.append(argv[1])
+        release = "6.1.0-56" if "update" in self.calls else "6.1.0-50"
+        match argv[1]:
+            case "depends":
+                return f"linux-image-cloud-amd64\n  Depends: linux-image-{release}-cloud-amd64\n"
+            case "download" if argv[-1] == "linux-image-6.1.0-50-cloud-amd64":
+                raise BuildError("apt-get failed with status 100: 404  Not Found")
+            case "download":
+                (cwd / "kernel.deb").touch()
+            case "--field":
+                return "6.1.170-1\n"
+        return ""
+
+
+def test_lists_that_name_a_kernel_that_is_gone_are_fetched_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The build ended with a 404, days after the machine's last apt-get update."""
+    apt = Apt()
+    monkeypatch.setattr(debian, "call", apt)
+    pattern = "linux-image-[0-9].*-cloud-amd64"
+    unpacked = debian.unpack_dependency("linux-image-cloud-amd64", pattern, tmp_path / "kernel")
+    assert unpacked == ("linux-image-6.1.0-56-cloud-amd64", "6.1.170-1")
+    assert apt.calls == ["depends", "download", "update", "depends", "download", "--extract", "--field"]
+
+
+def test_what_current_lists_do_not_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def call(argv: Sequence[str]) -> str:
+        calls.append(argv[1])
+        return ""
+
+    monkeypatch.setattr(debian, "call", call)
+    with pytest.raises(BuildError, match="apt knows no linux-source"):
+        debian.with_current_lists(lambda: debian.candidate("linux-source"))
+    assert calls == ["policy", "update", "policy"]
