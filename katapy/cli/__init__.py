@@ -52,6 +52,10 @@ class Settings:
 
         return Config.load(self.config_path)
 
+    def check_config(self) -> None:
+        """Raise what is wrong with the configuration, for a verb that leaves reading it to another process."""
+        _ = self.config
+
 
 class _Verbs(click.Group):
     def list_commands(self, _ctx: click.Context) -> list[str]:
@@ -109,6 +113,8 @@ def cli(
         from katapy import log
 
         log.setup(debug=debug, file=None if log_file is None else str(log_file), format=log_format)
+    # The shim reads it too, in another directory.
+    config_path = None if config_path is None else Path(os.path.abspath(config_path))
     ctx.obj = Settings(Path(os.path.abspath(root)), config_path, debug=debug)
 
 
@@ -120,8 +126,20 @@ def require_root(what: str) -> None:
         raise PermissionDenied(f"cannot {what}: katapy must run as root; try sudo")
 
 
+def _open_missing_streams() -> None:
+    """Make /dev/null of a standard stream that the caller has closed: else a socket of ours would take its place."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+
+
 def main() -> None:
     """Run the command line and exit."""
+    _open_missing_streams()
     debug = "--debug" in sys.argv
     try:
         status = cli(standalone_mode=False)

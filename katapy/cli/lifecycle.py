@@ -26,8 +26,9 @@ _PID_FILE = click.option(
 )
 
 
-def _create(settings: Settings, container_id: str, bundle_path: str, *, detached: bool) -> Pod:
-    """Check everything that came from outside, then create."""
+@contextmanager
+def _created(settings: Settings, container_id: str, bundle_path: str, *, foreground: bool) -> Iterator[Pod]:
+    """Check everything that came from outside, then create; afterwards ``foreground`` or a failure removes again."""
     from katapy.cli.progress import Progress
     from katapy.client.pod import Launch, Pod
     from katapy.oci.bundle import load_bundle
@@ -36,18 +37,27 @@ def _create(settings: Settings, container_id: str, bundle_path: str, *, detached
     require_root(f"create {container_id!r}" if len(container_id) < 77 else "create a container")
     check_id(container_id)
     bundle = load_bundle(bundle_path)
-    _check_terminal(bundle.spec.process.terminal, detached=detached)
+    _check_terminal(bundle.spec.process.terminal, foreground=foreground)
+    settings.check_config()
+    launch = Launch(settings.root, settings.config_path, settings.debug, foreground)
     with Progress(f"booting the VM of {container_id}"):
-        pod = Pod.create(Launch(settings.root, settings.config_path, settings.debug), container_id, bundle)
-    if pod.state().accelerator == "tcg":
-        from katapy.cli import emulation
+        pod = Pod.create(launch, container_id, bundle)
+    with pod:
+        try:
+            if pod.state().accelerator == "tcg":
+                from katapy.cli import emulation
 
-        emulation.warn()
-    return pod
+                emulation.warn()
+            yield pod
+        except BaseException:
+            pod.discard()
+            raise
+        if foreground:
+            pod.discard()
 
 
-def _check_terminal(terminal: bool, *, detached: bool) -> None:
-    if terminal and detached:
+def _check_terminal(terminal: bool, *, foreground: bool) -> None:
+    if terminal and not foreground:
         raise Unsupported("process.terminal: a detached container cannot have a terminal without a console socket")
     if terminal and not os.isatty(0):
         raise InvalidArgument("process.terminal: standard input is not a terminal; set it to false")
@@ -73,26 +83,16 @@ def run(settings: Settings, bundle: str, pid_file: Path | None, detach: bool, co
     """
     from katapy.client.pod import write_pid_file
 
-    with _create(settings, container_id, bundle, detached=detach) as pod:
-        if not detach:
-            write_pid_file(pid_file, os.getpid())
-            return pod.run_foreground()
-        with _removed_on_failure(settings, container_id):
+    status = 0
+    with _created(settings, container_id, bundle, foreground=not detach) as pod:
+        if detach:
             pid = pod.stand_in()
             pod.start()
             write_pid_file(pid_file, pid)
-    return 0
-
-
-@contextmanager
-def _removed_on_failure(settings: Settings, container_id: str) -> Iterator[None]:
-    from katapy.client.pod import delete
-
-    try:
-        yield
-    except BaseException:
-        delete(settings.root, container_id, force=True)
-        raise
+        else:
+            write_pid_file(pid_file, os.getpid())
+            status = pod.run_foreground()
+    return status
 
 
 @click.command("create")
@@ -109,7 +109,7 @@ def create(settings: Settings, bundle: str, pid_file: Path | None, container_id:
     """
     from katapy.client.pod import write_pid_file
 
-    with _create(settings, container_id, bundle, detached=True) as pod, _removed_on_failure(settings, container_id):
+    with _created(settings, container_id, bundle, foreground=False) as pod:
         write_pid_file(pid_file, pod.stand_in())
 
 

@@ -3,7 +3,7 @@
 Client side of the attach protocol, over a SOCK_SEQPACKET connection to the shim's attach.sock (server side:
 shim/attach.py). Every message is one datagram of JSON, at most DATAGRAM_MAX bytes, unknown keys refused:
 
-    client  {"attach": container, "exec": exec or "", "owner": bool}
+    client  {"attach": container, "exec": exec or ""}
     shim    {"terminal": bool, "streams": [names]} with the connected stream sockets in that order (SCM_RIGHTS)
     client  {"signal": number} and {"resize": [columns, rows]}, any number of times
     shim    {"exit": 0..255}
@@ -21,6 +21,7 @@ from __future__ import annotations
 import _socket  # socket without its enumerations: 0.8 MiB and 7 ms of every stand-in
 import _thread
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -39,6 +40,7 @@ SHIM_DIED = 137  # as if killed: what engines expect of a container whose superv
 _CHUNK = 256 << 10  # bytes; larger than any socket or pipe buffer, so one call empties it
 _DRAIN_SECONDS = 10.0
 _NAMES = ["stdin", "stdout", "stderr"]
+_WORDS = {"stdout": "output", "stderr": "error"}
 # Not the container's: our own children and pipes, our job control, and faults, which cannot be returned from.
 _OWN_SIGNALS = {
     signal.SIGCHLD, signal.SIGPIPE,
@@ -65,6 +67,14 @@ class ShimDied(AttachError):
         super().__init__("the shim died")
 
 
+class OutputLost(AttachError):
+    """What the process wrote could not be passed on; ``status`` is the process's exit status."""
+
+    def __init__(self, name: str, error: OSError, status: int) -> None:
+        super().__init__(f"cannot write standard {_WORDS[name]}: {(error.strerror or str(error)).lower()}")
+        self.status = status
+
+
 class Attachment:
     """The connection to the shim and the streams of one process; they are closed when pump() has used them."""
 
@@ -80,15 +90,14 @@ class Attachment:
             stream.close()
 
 
-def attach(control: _socket.socket, container_id: str, exec_id: str, owner: bool) -> Attachment:
+def attach(control: _socket.socket, container_id: str, exec_id: str) -> Attachment:
     """Attach to a process of a container over ``control``, a connection to attach.sock, which is then the result's.
 
-    ``exec_id`` is "" for the container's init. With ``owner`` the container ends when this connection does.
-    Raises AttachError.
+    ``exec_id`` is "" for the container's init. Raises AttachError.
     """
     # Whoever attaches is the stand-in, not whoever made the connection (SO_PEERCRED): the kernel vouches for the pid.
     own = b"".join(number.to_bytes(4, sys.byteorder) for number in (os.getpid(), os.getuid(), os.getgid()))
-    hello = json.dumps({"attach": container_id, "exec": exec_id, "owner": owner}).encode()
+    hello = json.dumps({"attach": container_id, "exec": exec_id}).encode()
     with contextlib.suppress(OSError):  # as in _send()
         control.sendmsg([hello], [(_socket.SOL_SOCKET, _socket.SCM_CREDENTIALS, own)])
     message, fds = _receive(control)
@@ -201,7 +210,8 @@ def pump(attachment: Attachment, stdin_fd: int, stdout_fd: int, stderr_fd: int, 
     The descriptors are the caller's: they stay open, and as blocking or not as they were. With a terminal, a tty on
     ``stdin_fd`` is in raw mode meanwhile. After the exit all output is written, for as long as its reader takes, but
     a stream that stays open and silent for 10 s is given up, and so is everything on SIGHUP, SIGINT, SIGQUIT or
-    SIGTERM. Main thread only. Raises AttachError when the sandbox or the shim died, once the output is written.
+    SIGTERM. Main thread only. Raises AttachError when the sandbox or the shim died, once the output is written, and
+    OutputLost when it could not be written for another reason than that its reader has left.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(attachment.close)
@@ -212,14 +222,18 @@ def pump(attachment: Attachment, stdin_fd: int, stdout_fd: int, stderr_fd: int, 
         attachment.streams = {}  # from here on each is its thread's
         source = _socket.socket(fileno=_socket.dup(streams["stdout"].fileno())) if terminal else streams.get("stdin")
         sinks = [("stdout", stdout_fd), ("stderr", stderr_fd)]
-        outputs = [_Output(streams[name], fd, signals.ring) for name, fd in sinks if name in streams]
+        outputs = [_Output(name, streams[name], fd, signals.ring) for name, fd in sinks if name in streams]
         if source is not None:
             _thread.start_new_thread(_copy_input, (stdin_fd, source))
             stack.callback(_hang_up, source)
         try:
-            return _relay(attachment.control, signals, terminal)
+            status = _relay(attachment.control, signals, terminal)
         finally:
             _drain(outputs, signals)
+        for output in outputs:
+            if output.error is not None:
+                raise OutputLost(output.name, output.error, status)
+        return status
 
 
 def _relay(control: _socket.socket, signals: Signals, terminal: _Terminal | None) -> int:
@@ -267,7 +281,9 @@ def _drain(outputs: list[_Output], signals: Signals) -> None:
 class _Output:
     """Copies a stream to a descriptor in a thread, which owns the stream."""
 
-    def __init__(self, stream: _socket.socket, fd: int, ended: Callable[[], None]) -> None:
+    def __init__(self, name: str, stream: _socket.socket, fd: int, ended: Callable[[], None]) -> None:
+        self.name = name
+        self.error: OSError | None = None
         self.moved = 0
         self.writing = False
         self.done = False
@@ -282,19 +298,27 @@ class _Output:
 
     def _run(self) -> None:
         buffer = memoryview(bytearray(_CHUNK))
-        # An error is the reader's end (EPIPE) or the like: the process gets EPIPE too, from the closed stream.
         with contextlib.suppress(OSError):
-            while count := self._stream.recv_into(buffer):
-                self.writing = True
-                _write_all(self._fd, buffer[:count])
-                self.writing = False
+            while (count := self._stream.recv_into(buffer)) and self._write(buffer[:count]):
                 self.moved += count
-        self.writing = False
         with contextlib.suppress(OSError):
             self._stream.shutdown(_socket.SHUT_RD)
         self._stream.close()
         self.done = True
         self._ended()
+
+    def _write(self, data: memoryview) -> bool:
+        self.writing = True
+        try:
+            _write_all(self._fd, data)
+        except OSError as error:
+            # The process gets EPIPE too, from the stream that is closed then. That its reader has left it knows.
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                self.error = error
+            return False
+        finally:
+            self.writing = False
+        return True
 
 
 def _write_all(fd: int, data: memoryview) -> None:
@@ -393,7 +417,7 @@ def main(arguments: Iterable[str]) -> int:
     with Signals() as signals:
         try:
             attachment = attach(
-                _socket.socket(fileno=int(given["--socket-fd"])), given["--id"], given.get("--exec", ""), False
+                _socket.socket(fileno=int(given["--socket-fd"])), given["--id"], given.get("--exec", "")
             )
         except AttachError as error:
             _report(ready_fd, b"-" + json.dumps({"error": str(error), "kind": error.kind, "code": error.code}).encode())
@@ -408,7 +432,7 @@ def main(arguments: Iterable[str]) -> int:
         except AttachError as error:
             with contextlib.suppress(OSError):
                 os.write(2, f"katapy: {error}\n".encode())
-            return SHIM_DIED
+            return error.status if isinstance(error, OutputLost) else SHIM_DIED
 
 
 def _report(fd: int, data: bytes) -> None:

@@ -42,9 +42,10 @@ class StandIn(NamedTuple):
     pid: int
 
 
-def start_shim(root: Path, sandbox_id: str, *, debug: bool, config: Path | None) -> Connected:
+def start_shim(root: Path, sandbox_id: str, *, debug: bool, config: Path | None, foreground: bool = False) -> Connected:
     """Start the shim of a pod in its directory ``root``/``sandbox_id``, which exists and is private (0700).
 
+    With ``foreground`` the pod ends with the process that the state names as its creator, however that ends.
     Returns at once: a call on the client waits until the shim serves, and raises Unavailable if it dies before.
     Raises AlreadyExists when the directory has had a shim, Unavailable when it cannot be started.
     """
@@ -57,6 +58,7 @@ def start_shim(root: Path, sandbox_id: str, *, debug: bool, config: Path | None)
         fds = listening.fileno(), attaching.fileno()
         argv += ["--socket-fd", str(fds[0]), "--attach-fd", str(fds[1])]
         argv += ["--debug"] if debug else []
+        argv += ["--foreground"] if foreground else []
         argv += ["--config", str(config)] if config else []
         client = connect(directory)
         log = _open_log(directory)

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple, Self
 from katapy import jsonfile
 from katapy.client import attach, launch
 from katapy.client.task import Stdio, TaskClient
-from katapy.errors import InvalidArgument, InvalidState, KatapyError, NotFound, Unavailable, from_wire
+from katapy.errors import Internal, InvalidArgument, InvalidState, KatapyError, NotFound, Unavailable, from_wire
 from katapy.oci.bundle import Bundle
 from katapy.oci.process import ProcessSpec, parse_process
 from katapy.state import PROCESS_FILE, ProcessRef, State, StateDir, Status, current_status, now
@@ -30,11 +30,16 @@ _LOG_TAIL: Final = 1000
 
 
 class Launch(NamedTuple):
-    """What a new shim must know: the state directory's root, a configuration file, whether to log more."""
+    """What a new shim must know.
+
+    ``root`` of the state directories, an absolute configuration file, whether to log more, and whether the pod ends
+    with this process (``foreground``).
+    """
 
     root: Path
     config: Path | None
     debug: bool
+    foreground: bool
 
 
 class Pod:
@@ -51,20 +56,28 @@ class Pod:
         Raises AlreadyExists for an id that is taken, and whatever the shim answers.
         """
         _make_state(options.root, container_id, bundle)
-        client: TtrpcClient | None = None
         try:
-            client, _ = launch.start_shim(options.root, container_id, debug=options.debug, config=options.config)
-            pod = cls(options.root, container_id, client)
+            client, pid = launch.start_shim(
+                options.root,
+                container_id,
+                debug=options.debug,
+                config=options.config,
+                foreground=options.foreground,
+            )
+        except BaseException:
+            finish(options.root, container_id)
+            raise
+        pod = cls(options.root, container_id, client)
+        try:
             # Without a deadline of its own: the boot has one, in the configuration.
             pod.task.create(container_id, bundle.path, _stdio(terminal=bundle.spec.process.terminal), timeout=None)
         except BaseException as error:
-            if client is not None:
-                client.close()
-            explained = _explained(options.root, container_id, error)
-            # The connection is closed, so the shim undoes what it has done and ends.
+            # By that the shim knows that it has to undo what it has done, and to end.
+            client.close()
+            words = _last_words(options.root, container_id) if _reap(pid) else ""
             finish(options.root, container_id)
-            if explained is not error:
-                raise explained from error
+            if words and isinstance(error, Unavailable):
+                raise Unavailable(f"{error}: {words}") from error
             raise
         return pod
 
@@ -99,24 +112,31 @@ class Pod:
         self.task.kill(self._id, number, everyone=everyone)
 
     def run_foreground(self) -> int:
-        """Start the container with this process's streams, remove it when it has ended, return its exit status.
+        """Start the container with this process's streams, and return its exit status when it has ended."""
+        with attach.Signals() as signals:
+            attachment = self._attach("")
+            if attachment.terminal:
+                self._size_terminal()
+            self.start()
+            return self._pump(attachment, signals)
 
-        The container is removed also when this process is killed: the shim sees to that.
-        """
-        try:
-            with attach.Signals() as signals:
-                attachment = self._attach("", owner=True)
-                self.start()
-                return self._pump(attachment, signals)
-        finally:
-            with suppress(KatapyError):
-                self.remove(force=True)
-            self._client.close()
-            finish(self._root, self._id)
+    def discard(self) -> None:
+        """Remove the container whatever it does, and wait until nothing is left of it."""
+        with suppress(KatapyError):
+            self.remove(force=True)
+        self._client.close()
+        finish(self._root, self._id)
 
     def stand_in(self, exec_id: str = "") -> int:
-        """Start a process that holds this one's streams for a container's process; return its pid."""
-        return launch.start_standin(self._root / self._id, self._id, exec_id, 0, 1, 2).pid
+        """Start a process that holds this one's streams for a container's process; return its pid.
+
+        A terminal stays the caller's to type on: who leaves a container behind would not share it with that.
+        """
+        stdin = os.open(os.devnull, os.O_RDONLY) if os.isatty(0) else os.dup(0)
+        try:
+            return launch.start_standin(self._root / self._id, self._id, exec_id, stdin, 1, 2).pid
+        finally:
+            os.close(stdin)
 
     def own_process(self) -> ProcessSpec:
         """Return the ``process`` that the container was created with."""
@@ -138,7 +158,7 @@ class Pod:
         try:
             with attach.Signals() as signals:
                 self.task.start(self._id, exec_id)
-                return self._pump(self._attach(exec_id, owner=False), signals)
+                return self._pump(self._attach(exec_id), signals)
         finally:
             with suppress(KatapyError):
                 self.task.delete(self._id, exec_id)
@@ -155,10 +175,16 @@ class Pod:
             task.delete(self._id)
         task.shutdown(self._id)
 
-    def _attach(self, exec_id: str, *, owner: bool) -> attach.Attachment:
+    def _size_terminal(self) -> None:
+        """Give the container's terminal the size of ours before its program looks at it."""
+        with suppress(OSError):
+            columns, rows = os.get_terminal_size(0)
+            self.task.resize_pty(self._id, columns, rows)
+
+    def _attach(self, exec_id: str) -> attach.Attachment:
         control = launch.connect_attach(self._root / self._id)
         try:
-            return attach.attach(control, self._id, exec_id, owner)
+            return attach.attach(control, self._id, exec_id)
         except attach.AttachError as error:
             control.close()
             raise self._translated(error) from None
@@ -178,7 +204,7 @@ def delete(root: Path, container_id: str, *, force: bool) -> None:
     """Remove a container and, with its last one, the pod.
 
     With ``force`` a running one is killed first, an unresponsive shim too, and a container that does not exist is no
-    error. Raises InvalidState for a running container without ``force``.
+    error, nor is one whose state cannot be read. Raises InvalidState for a running container without ``force``.
     """
     try:
         with StateDir.open(str(root), container_id) as directory:
@@ -187,6 +213,11 @@ def delete(root: Path, container_id: str, *, force: bool) -> None:
         if force:
             return
         raise
+    except Internal:
+        if not force:
+            raise
+        _remove_damaged(root, container_id)
+        return
     status = current_status(state)
     if status not in (Status.STOPPED, Status.CREATED) and not force:
         raise InvalidState(f"cannot delete container {container_id} that is not stopped: {status}")
@@ -202,20 +233,39 @@ def delete(root: Path, container_id: str, *, force: bool) -> None:
 
 
 def finish(root: Path, container_id: str) -> None:
-    """Wait for a shim that was told to end, and remove what it has left where it could not."""
-    try:
-        directory = StateDir.open(str(root), container_id)
-    except NotFound:
+    """Wait for a shim that was told to end, and remove what it has left where it could not.
+
+    Raises Unavailable where a process cannot be killed.
+    """
+    owner = None
+    # A creator is followed by its shim, and that by nobody.
+    for _ in range(3):
+        with suppress(NotFound), StateDir.open(str(root), container_id) as directory:
+            owner = directory.load().shim
+            # A creator was not told to end, and cannot have what is deleted.
+            patience = _END_SECONDS if owner is not None and owner.name == "shim" else 0.0
+            if owner is not None and owner.pid != os.getpid() and not _gone(owner, patience):
+                _kill(owner)
+            with directory.lock():
+                # As of now: a shim takes the container over under this lock, and may have started more before it died.
+                state = directory.load()
+                if state.shim is not None and state.shim.pid != os.getpid() and state.shim.alive():
+                    continue
+                for process in state.helpers:
+                    _kill(process)
+                directory.remove()
         return
-    with directory, suppress(NotFound):
-        state = directory.load()
-        if state.shim is not None and state.shim.pid != os.getpid() and not _gone(state.shim, _END_SECONDS):
-            _kill(state.shim)
-        with directory.lock():
-            # As of now: the shim may have started more before it died.
-            for process in directory.load().helpers:
-                _kill(process)
-            directory.remove()
+    raise Unavailable(f"cannot remove {container_id}: process {owner.pid if owner else 0} cannot be killed")
+
+
+def _remove_damaged(root: Path, container_id: str) -> None:
+    """Remove a container whose state cannot be read: only its shim's socket tells whether there is one."""
+    with suppress(Unavailable), launch.connect(root / container_id) as client:
+        TaskClient(client, timeout=_END_SECONDS).shutdown(container_id, now=True)
+        # Nothing more is said on it, but its end is the shim's.
+        client.wait_closed(_END_SECONDS)
+    with suppress(NotFound), StateDir.open(str(root), container_id) as directory, directory.lock():
+        directory.remove()
 
 
 def write_pid_file(path: Path | None, pid: int) -> None:
@@ -275,14 +325,21 @@ def _kill(process: ProcessRef) -> None:
         os.close(fd)
 
 
-def _explained(root: Path, container_id: str, error: BaseException) -> BaseException:
-    """Add what the shim wrote last, where it died of something that it could not answer."""
-    if not isinstance(error, Unavailable) or "died during" not in str(error):
-        return error
+def _reap(pid: int) -> int:
+    """Wait until our own child, a shim that was told to end, has; kill it where it does not. Return its exit status."""
+    with suppress(NotFound):
+        shim = ProcessRef.of("shim", pid)
+        if not _gone(shim, _END_SECONDS):
+            _kill(shim)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _last_words(root: Path, container_id: str) -> str:
+    """Return what a shim wrote last that died of something that it could not answer."""
     try:
         with (root / container_id / launch.LOG).open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_TAIL))
             lines = file.read(_LOG_TAIL).decode(errors="replace").splitlines()
     except OSError:
-        return error
-    return Unavailable(f"{error}: {ascii(lines[-1])[1:-1]}" if lines else str(error))
+        return ""
+    return ascii(lines[-1])[1:-1] if lines else ""

@@ -67,7 +67,12 @@ class GuestProcess:
     exit: Exit | None = None
     oom_killed: bool = False
     lost: KatapyError | None = None  # why its end will never be known
+    lost_at: datetime | None = None
+    released: asyncio.Event = field(default_factory=asyncio.Event)  # whoever took the streams has done with them
     watch: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.released.set()
 
     @property
     def name(self) -> str:
@@ -89,7 +94,7 @@ class GuestProcess:
     def lose(self, why: KatapyError) -> None:
         """Note that the end will never be known, because the VM is gone."""
         if self.exit is None and self.lost is None:
-            self.lost = why
+            self.lost, self.lost_at = why, datetime.now(UTC)
             self._ended()
 
     def _ended(self) -> None:
@@ -113,6 +118,7 @@ class GuestProcess:
         if self.streams is None:
             raise NotFound(f"{self.name} has no streams to attach to")
         taken, self.streams = self.streams, None
+        self.released.clear()
         return taken
 
     def close(self) -> None:

@@ -19,10 +19,13 @@ class Record:
     """The state file of one container."""
 
     def __init__(self, root: Path, container_id: str) -> None:
-        """Take the container's state over. Raises NotFound where there is no such directory."""
+        """Take the container's state over from its creator. Raises NotFound where it was removed meanwhile."""
         self._directory = StateDir.open(str(root), container_id)
-        self._state = self._directory.load()
-        self._update(shim=ProcessRef.of("shim", os.getpid()))
+        # Under the lock, so that whoever removes the container sees either nobody behind it or this process.
+        with self._directory.lock():
+            self._state = self._directory.load()
+            self.creator = self._state.shim
+            self._update(shim=ProcessRef.of("shim", os.getpid()))
 
     def helpers(self, processes: Iterable[run.Process]) -> None:
         """Note the processes that the pod runs on, for whoever must clean up when the shim cannot."""
@@ -52,8 +55,9 @@ class Record:
             self._update(status=Status.STOPPED, exit_status=exit_status)
 
     def remove(self) -> None:
-        """Remove the directory and everything in it."""
-        self._directory.remove()
+        """Remove the directory and everything in it; does nothing where someone else has."""
+        with suppress(NotFound), self._directory.lock():
+            self._directory.remove()
 
     def _update(self, **changes: object) -> None:
         self._state = State._replace(self._state, **changes)  # type: ignore[arg-type]

@@ -14,18 +14,18 @@ import signal
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from katapy.agent.stdio import open_streams
 from katapy.config import Config
-from katapy.errors import AlreadyExists, InvalidState, KatapyError, NotFound
+from katapy.errors import AlreadyExists, InvalidState, KatapyError, NotFound, Unavailable
 from katapy.oci.bundle import Bundle, load_bundle
 from katapy.proto import agent_pb2
 from katapy.sandbox.machine import Machine, start_machine
 from katapy.sandbox.process import Exit, GuestProcess, StdioRequest
 from katapy.sandbox.record import Record
 from katapy.sandbox.sizing import vm_size
-from katapy.state import StateDir, Status
+from katapy.state import Status
 from katapy.storage.shared_dir import TAG, SharedBind
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 # A guest that does not answer must not hold up the end of its pod: what it has not done by then, it loses.
 _REMOVE_DEADLINE: Final = 10.0
 _DESTROY_DEADLINE: Final = 10.0
+# What a process has written may still be on its way to a slow reader when the container is deleted.
+_DRAIN_DEADLINE: Final = 10.0
 _KILLED: Final = 128 + signal.SIGKILL
 
 
@@ -56,9 +58,12 @@ class Container:
 class Sandbox:
     """A pod. ``directory`` is its private directory below ``root``; the first container brings up the VM."""
 
-    def __init__(self, root: Path, sandbox_id: str, config: Config) -> None:
+    def __init__(self, root: Path, sandbox_id: str, record: Record, config: Config) -> None:
         self.root, self.id, self.directory = root, sandbox_id, root / sandbox_id
+        self._record = record
         self._config = config
+        self._creating: set[asyncio.Task[Any]] = set()
+        self._closing = False
         self._containers: dict[str, Container] = {}
         self._stack = AsyncExitStack()
         self._machine: Machine | None = None
@@ -87,11 +92,17 @@ class Sandbox:
         """Create a container from a bundle; the first one boots the VM. On failure nothing of it is left."""
         names = stdio.names()
         bundle = await asyncio.to_thread(load_bundle, bundle_path)
+        if self._closing:
+            raise Unavailable(f"cannot create {container_id}: the pod {self.id} is ending")
         if container_id in self._containers:
             raise AlreadyExists(f"container with id exists: {container_id}")
         process = GuestProcess(container_id, "", stdio)
-        container = Container(bundle, process, Record(self.root, container_id))
+        record = self._record if container_id == self.id else Record(self.root, container_id)
+        container = Container(bundle, process, record)
         self._containers[container_id] = container
+        task = asyncio.current_task()
+        assert task is not None
+        self._creating.add(task)
         try:
             machine = await self._running_machine(container)
             spec = await asyncio.to_thread(self._share, machine, container)
@@ -100,6 +111,8 @@ class Sandbox:
         except BaseException:
             await self._forget(container)
             raise
+        finally:
+            self._creating.discard(task)
         process.watch = asyncio.create_task(self._watch(process), name=f"wait for {process.name}")
         log.debug("%s: created", container_id)
         container.record.created(bundle.spec.process.to_guest(), machine.parts.acceleration.kind.value)
@@ -168,6 +181,8 @@ class Sandbox:
         container, process = self._container(container_id), self.process(container_id, exec_id)
         async with container.lock:
             process.require([Status.STOPPED, Status.CREATED], "delete")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.released.wait(), _DRAIN_DEADLINE)
             if exec_id:
                 process.close()
                 container.execs.pop(exec_id, None)
@@ -184,21 +199,28 @@ class Sandbox:
 
     async def close(self) -> None:
         """End the VM and everything in it, and remove what the pod has on the host. Idempotent."""
+        self._closing = True
+        if self._creating:
+            for task in self._creating:
+                task.cancel()
+            await asyncio.wait(set(self._creating))
         for container in list(self._containers.values()):
             await self._forget(container)
-        if self._failure_watch is not None:
-            self._failure_watch.cancel()
         machine, self._machine = self._machine, None
         if machine is not None and machine.failed_with() is None:
             # The guest writes back what it has cached; a guest that does not answer loses it.
             with suppress(KatapyError):
                 await machine.guarded(machine.agent.destroy_sandbox(deadline=_DESTROY_DEADLINE))
+        if self._failure_watch is not None:
+            if machine is not None and machine.failed_with() is not None:
+                # It is taking apart what is left of the machine; half of that done would be worse than all.
+                await asyncio.wait([self._failure_watch])
+            self._failure_watch.cancel()
         await self._stack.aclose()
 
     def remove(self) -> None:
         """Remove the pod's own directory, as the very last thing."""
-        with suppress(NotFound):
-            StateDir.open(str(self.root), self.id).remove()
+        self._record.remove()
 
     def _container(self, container_id: str) -> Container:
         if container_id not in self._containers:
@@ -296,7 +318,10 @@ class Sandbox:
         if machine is not None and machine.failed_with() is None:
             with suppress(KatapyError):
                 await machine.guarded(machine.agent.remove_container(container_id, deadline=_REMOVE_DEADLINE))
-            await asyncio.to_thread(machine.parts.tree.remove, container_id, container.binds)
-        self._containers.pop(container_id, None)
-        if container_id != self.id:
-            container.record.remove()
+        try:
+            if machine is not None and machine.failed_with() is None:
+                await asyncio.to_thread(machine.parts.tree.remove, container_id, container.binds)
+        finally:
+            self._containers.pop(container_id, None)
+            if container_id != self.id:
+                container.record.remove()

@@ -20,12 +20,14 @@ from typing import Final
 from katapy import log as logs
 from katapy import run
 from katapy.config import Config
+from katapy.errors import NotFound
 from katapy.proto import task_pb2
+from katapy.sandbox.record import Record
 from katapy.sandbox.sandbox import Sandbox
 from katapy.shim.attach import AttachServer
 from katapy.shim.handler import AttachHandler
 from katapy.shim.task import TaskService
-from katapy.state import StateDir
+from katapy.state import ProcessRef
 from katapy.storage.shared_dir import enter_private_mounts
 from katapy.transport.ttrpc_server import handler_table, serve
 
@@ -45,6 +47,7 @@ def main() -> int:
     parser.add_argument("--socket-fd", type=int, required=True)
     parser.add_argument("--attach-fd", type=int, required=True)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--foreground", action="store_true")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args()
     logs.setup(debug=options.debug)
@@ -56,18 +59,25 @@ def main() -> int:
 
 
 async def _serve(options: argparse.Namespace) -> None:
-    sandbox = Sandbox(options.directory.parent, options.id, Config.load(options.config))
+    root = options.directory.parent
+    try:
+        record = Record(root, options.id)
+    except NotFound:
+        log.debug("sandbox %s was removed before it began", options.id)
+        return
+    sandbox = Sandbox(root, options.id, record, Config.load(options.config))
     service = TaskService(sandbox)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.done.set)
-    watch = asyncio.create_task(_watch_creator(sandbox, service), name="watch the creator")
+    watching = _watch_creator(record.creator, sandbox, service, foreground=options.foreground)
+    watch = asyncio.create_task(watching, name="watch the creator")
     try:
         async with (
             serve(
                 socket.socket(fileno=options.socket_fd), {TASK.full_name: handler_table(TASK, service, finish=FINISH)}
             ),
-            AttachServer(socket.socket(fileno=options.attach_fd), AttachHandler(sandbox, service.done)),
+            AttachServer(socket.socket(fileno=options.attach_fd), AttachHandler(sandbox)),
         ):
             await service.done.wait()
             await sandbox.close()
@@ -77,16 +87,19 @@ async def _serve(options: argparse.Namespace) -> None:
         log.debug("sandbox %s is gone", sandbox.id)
 
 
-async def _watch_creator(sandbox: Sandbox, service: TaskService) -> None:
-    """End the shim when whoever started it has died before it asked for a container: nobody else knows of it."""
-    with StateDir.open(str(sandbox.root), sandbox.id) as directory:
-        creator = directory.load().shim
+async def _watch_creator(
+    creator: ProcessRef | None, sandbox: Sandbox, service: TaskService, *, foreground: bool
+) -> None:
+    """End the shim with the command that started it, where nobody else would.
+
+    That is when it died before it had a container, and at any time of a ``foreground`` run.
+    """
     if creator is not None and (fd := creator.open()) is not None:
         try:
             await run.readable(fd)
         finally:
             os.close(fd)
-    if sandbox.empty:
+    if foreground or sandbox.empty:
         service.done.set()
 
 

@@ -21,6 +21,7 @@ from katapy.transport.unix import receive_from
 
 _HELLO_SECONDS: Final = 10.0
 _SEND_SECONDS: Final = 10.0
+_RELAY_SECONDS: Final = 5.0
 _SIGNALS: Final = range(1, 65)
 _SIZES: Final = range(1, 1 << 16)  # struct winsize
 _log = logging.getLogger(__name__)
@@ -48,8 +49,8 @@ class AttachHandler(Protocol):
     async def wait(self, container_id: str, exec_id: str) -> int:
         """Wait for the end and return the exit status, 0 to 255; raise when the process was lost."""
 
-    async def owner_gone(self, container_id: str) -> None:
-        """An attachment with ``owner`` ended before the exit was delivered on it."""
+    async def detached(self, container_id: str, exec_id: str) -> None:
+        """Whoever had the streams of a process has done with them."""
 
 
 class AttachServer:
@@ -88,16 +89,14 @@ class _Session:
 
     def __init__(self, sock: socket.socket, pid: int, handler: AttachHandler, message: dict[str, Any]) -> None:
         match message:
-            case {"attach": str(container_id), "exec": str(exec_id), "owner": bool(owner)} if len(message) == 3:
+            case {"attach": str(container_id), "exec": str(exec_id)} if len(message) == 2:
                 self._process = container_id, exec_id
-                self._owner = owner
             case _:
                 raise InvalidArgument("attach: the first message is none")
         self._sock = sock
         self._pid = pid
         self._handler = handler
         self._attached = False
-        self._delivered = False
 
     async def run(self) -> None:
         """Give the streams away and tell the end, listening meanwhile."""
@@ -107,11 +106,11 @@ class _Session:
             with suppress(OSError):
                 await self._listen()
             carrying.cancel()
-        if self._owner and not self._delivered:
-            await self._handler.owner_gone(self._process[0])
+        if self._attached:
+            await self._handler.detached(*self._process)
 
     async def _carry(self) -> None:
-        self._delivered = await _send(self._sock, await self._outcome())
+        await _send(self._sock, await self._outcome())
         # A peer that did not take it learns of the end by this; its own end is then heard by _listen().
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
@@ -156,8 +155,9 @@ class _Session:
                 raise InvalidArgument("attach: not a message that may come now")
         # Nobody waits for an answer; a process that has just ended is the usual reason for an error.
         try:
-            await relayed
-        except KatapyError as error:
+            # A guest that does not answer must not keep us from hearing what comes next.
+            await asyncio.wait_for(relayed, _RELAY_SECONDS)
+        except (KatapyError, TimeoutError) as error:
             _log.debug("cannot relay %s to %s: %s", message, self._process, error)
         except Exception:
             _log.exception("relaying to %s failed", self._process)
@@ -180,14 +180,11 @@ def _parse(data: bytes) -> dict[str, Any]:
     return message
 
 
-async def _send(sock: socket.socket, message: dict[str, Any]) -> bool:
-    """Send a message; returns whether the peer, which may be slow, took it in time."""
-    try:
+async def _send(sock: socket.socket, message: dict[str, Any]) -> None:
+    """Send a message to a peer that may be slow, or gone."""
+    with suppress(OSError):
         async with asyncio.timeout(_SEND_SECONDS):
             await asyncio.get_running_loop().sock_sendall(sock, json.dumps(message).encode())
-    except OSError:
-        return False
-    return True
 
 
 def _error(error: KatapyError) -> dict[str, Any]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from contextlib import suppress
 
 from katapy.errors import NotFound
 from katapy.sandbox.sandbox import Sandbox
 from katapy.shim.attach import Attached
-
-log = logging.getLogger(__name__)
+from katapy.state import Status
 
 
 class AttachHandler:
-    """What AttachServer asks of a sandbox; ``done`` is set when its owner has gone and took the pod with it."""
+    """What AttachServer asks of a sandbox."""
 
-    def __init__(self, sandbox: Sandbox, done: asyncio.Event) -> None:
+    def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        self._done = done
 
     async def attach(self, container_id: str, exec_id: str, pid: int) -> Attached:
         """Give the streams of a process to the host process ``pid``, which stands in for it from now on."""
@@ -41,7 +37,10 @@ class AttachHandler:
         """Return the exit status of a process when it has ended."""
         return (await self._sandbox.process(container_id, exec_id).wait()).status
 
-    async def owner_gone(self, container_id: str) -> None:
-        """End a container whose foreground ``katapy run`` was killed: nobody else would."""
-        log.warning("the owner of %s is gone: removing it", container_id)
-        self._done.set()
+    async def detached(self, container_id: str, exec_id: str) -> None:
+        """Note that the streams of a process are done with; an exec that has ended is forgotten by that."""
+        with suppress(NotFound):
+            process = self._sandbox.process(container_id, exec_id)
+            process.released.set()
+            if exec_id and process.status is Status.STOPPED:
+                await self._sandbox.delete(container_id, exec_id)

@@ -94,7 +94,10 @@ class TaskService:
 
     async def wait(self, request: pb.WaitRequest) -> pb.WaitResponse:
         """Answer when the process has ended."""
-        end = await self._sandbox.process(request.id, request.exec_id).wait()
+        process = self._sandbox.process(request.id, request.exec_id)
+        await process.exited.wait()
+        end = _end_of(process)
+        assert end is not None
         return pb.WaitResponse(exit_status=end.status, exited_at=_timestamp(end.at))
 
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
@@ -130,16 +133,17 @@ class TaskService:
         process = self._sandbox.process(request.id)
         return pb.ConnectResponse(shim_pid=os.getpid(), task_pid=process.host_pid, version="v2")
 
-    async def shutdown(self, _request: pb.ShutdownRequest) -> Empty:
-        """End the shim once no container is left; otherwise this does nothing."""
-        if self._sandbox.empty:
+    async def shutdown(self, request: pb.ShutdownRequest) -> Empty:
+        """End the shim if no container is left, with ``now`` in any case."""
+        if request.now or self._sandbox.empty:
             self.done.set()
         return Empty()
 
 
 def _end_of(process: GuestProcess) -> Exit | None:
     if process.lost is not None:
-        return Exit.now(_LOST)
+        assert process.lost_at is not None
+        return Exit(_LOST, process.lost_at)
     return process.exit
 
 

@@ -98,6 +98,18 @@ class TtrpcClient:
         """Close the connection; the server cancels what is still under way for it."""
         self._sock.close()
 
+    def wait_closed(self, timeout: float) -> bool:
+        """Wait until the server has closed the connection; returns False when it has not after ``timeout`` seconds."""
+        self._sock.settimeout(timeout)
+        try:
+            while self._sock.recv(65536):
+                pass
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+        return True
+
     def call(self, service: str, method: str, request: Message, response_type: type[M], *, timeout: float | None) -> M:
         """Call a unary method and return its response.
 

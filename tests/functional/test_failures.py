@@ -108,6 +108,28 @@ def test_command_killed_at_once(katapy: Katapy, bundle: MakeBundle) -> None:
         assert katapy("delete", "--force", f"c{attempt}").returncode == 0
 
 
+def test_nothing_is_left_of_a_run_whose_pid_file_cannot_be_written(katapy: Katapy, bundle: MakeBundle) -> None:
+    """The container stayed, created, with its VM: only what came later was watched over."""
+    done = katapy("run", "--pid-file", "/nonexistent/pid", "--bundle", bundle(["true"]), "c1")
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert b"/nonexistent/pid" in done.stderr
+    assert katapy("list", "-q").stdout == b""
+
+
+def test_command_killed_behind_a_reader_that_stalls(katapy: Katapy, bundle: MakeBundle) -> None:
+    """`katapy run … | less`, killed when the container has ended: nobody would have ended the VM."""
+    script = "head -c 1000000 /dev/zero"
+    with katapy.start("run", "--bundle", bundle(["sh", "-c", script]), "c1", stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.read(1)
+        deadline = time.monotonic() + DEADLINE
+        while katapy.state("c1")["status"] != "stopped":
+            assert time.monotonic() < deadline
+        process.kill()
+    while katapy("list", "-q").stdout:
+        assert time.monotonic() < deadline
+
+
 def test_qemu_that_cannot_start(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
     for name, settings, expected in (
         ("missing", 'qemu = "/nonexistent/qemu"', b"/nonexistent/qemu"),

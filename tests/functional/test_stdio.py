@@ -7,10 +7,12 @@ import hashlib
 import os
 import pty
 import select
+import shlex
 import struct
 import subprocess
 import termios
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,6 +101,34 @@ def test_streams_are_pipes_that_can_be_reopened(katapy: Katapy, bundle: MakeBund
     assert (done.stdout, done.stderr) == (b"a\n", b"b\n")
 
 
+def test_delete_waits_for_output_on_its_way(katapy: Katapy, bundle: MakeBundle) -> None:
+    """A container that has ended may have written what a slow reader has not yet taken: `delete` cut it off."""
+    size = 700_000  # more than a pipe and a stand-in hold, less than everything on the way
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb") as file:
+        argv = katapy.argv("run", "--detach", "--bundle", bundle(["head", "-c", str(size), "/dev/zero"]), "c1")
+        subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=file, check=True, timeout=DEADLINE)
+    deadline = time.monotonic() + DEADLINE
+    while katapy.state("c1")["status"] != "stopped":
+        assert time.monotonic() < deadline
+    with katapy.start("delete", "c1") as deleting, os.fdopen(reader, "rb") as file:
+        assert len(file.read()) == size
+        assert deleting.wait(DEADLINE) == 0
+
+
+def test_closed_standard_streams_are_empty_ones(katapy: Katapy, bundle: MakeBundle) -> None:
+    """`katapy run … <&- >&- 2>&-`: a socket of the command took the place of the stream that was missing."""
+    directory = bundle(["sh", "-c", "cat; echo out; echo err >&2; exit 5"])
+    for number, closed in enumerate(("<&-", ">&-", "2>&-", "<&- >&- 2>&-")):
+        argv = katapy.argv("run", "--bundle", directory, f"c{number}")
+        done = subprocess.run(
+            ["/bin/sh", "-c", f'exec "$@" {closed}', "sh", *argv], input=b"", capture_output=True, timeout=DEADLINE
+        )
+        assert done.returncode == 5, done.stderr
+        assert done.stdout == (b"" if ">&-" in closed.split() else b"out\n")
+        assert done.stderr == (b"" if "2>&-" in closed else b"err\n")
+
+
 class Terminal:
     """A person at a terminal."""
 
@@ -135,8 +165,11 @@ def test_interactive_shell(katapy: Katapy, bundle: MakeBundle) -> None:
         spec["process"]["terminal"] = True
         spec["process"]["env"].append("PS1=ready> ")
 
-    terminal = Terminal(katapy.argv("run", "--bundle", bundle(["sh", "-i"], edit=edit), "c1"))
+    terminal = Terminal(
+        katapy.argv("run", "--bundle", bundle(["sh", "-c", "echo [$(stty size)]; exec sh -i"], edit=edit), "c1")
+    )
     try:
+        terminal.expect(b"[31 97]")  # at once, before the first key
         terminal.expect(b"ready> ")
         terminal.type(b"stty size; tty\r")
         terminal.expect(b"31 97")
@@ -157,6 +190,20 @@ def test_interactive_shell(katapy: Katapy, bundle: MakeBundle) -> None:
         assert termios.tcgetattr(terminal.slave) == terminal.before
     finally:
         terminal.close()
+
+
+def test_a_detached_container_leaves_the_terminal_alone(katapy: Katapy, bundle: MakeBundle) -> None:
+    """`katapy run --detach` in a shell: what was typed next went to the container."""
+    command = shlex.join(katapy.argv("run", "--detach", "--bundle", bundle(["cat"]), "c1"))
+    terminal = Terminal(["/bin/sh", "-c", f"{command}; read line; echo got-$line; read line; echo again-$line"])
+    try:
+        terminal.type(b"first\rsecond\r")
+        terminal.expect(b"got-first")
+        terminal.expect(b"again-second")
+        assert terminal.process.wait(DEADLINE) == 0
+    finally:
+        terminal.close()
+        katapy("delete", "--force", "c1", check=True)
 
 
 def test_exec_on_a_terminal(katapy: Katapy, bundle: MakeBundle) -> None:

@@ -49,7 +49,7 @@ class StandIn:
         mine.close()
         os.close(report)
         self.control.settimeout(10)
-        assert self.hear() == {"attach": "c1", "exec": "", "owner": False}
+        assert self.hear() == {"attach": "c1", "exec": ""}
         pairs = {name: socket.socketpair() for name in names}
         answer = json.dumps({"terminal": terminal, "streams": names}).encode()
         socket.send_fds(self.control, [answer], [near.fileno() for near, _ in pairs.values()])
@@ -210,7 +210,7 @@ class Sandbox:
     async def wait(self, container_id: str, exec_id: str) -> int:
         return await self.ended
 
-    async def owner_gone(self, container_id: str) -> None: ...
+    async def detached(self, container_id: str, exec_id: str) -> None: ...
 
 
 async def test_start_standin(tmp_path: Path) -> None:

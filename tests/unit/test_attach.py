@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,6 +272,16 @@ def test_a_slow_reader_after_the_exit_is_waited_for(pipes: Pipes, monkeypatch: p
     assert got == data
 
 
+def test_output_that_cannot_be_written_is_told(pipes: Pipes) -> None:
+    """`katapy run … > file` on a full disk ended with the container's status and not a word."""
+    with Shim(["stdout"]) as shim, Path("/dev/full").open("wb", buffering=0) as full:
+        shim.streams["stdout"].sendall(b"lost")
+        shim.exit(0)
+        with pytest.raises(attach.OutputLost, match="cannot write standard output: no space left on device") as caught:
+            pump(shim.attachment, pipes.stdin, full.fileno(), pipes.stderr)
+    assert caught.value.status == 0
+
+
 def test_a_fatal_signal_ends_the_drain(pipes: Pipes) -> None:
     """Nobody reads the output, and the container that Ctrl-C was for is gone."""
     ended = threading.Event()
@@ -313,11 +324,11 @@ def answer(message: object, *fds: int) -> Attachment:
     with shim:
         socket.send_fds(shim, [json.dumps(message).encode()], fds)
         try:
-            attachment = attach.attach(mine, "c1", "e", True)
+            attachment = attach.attach(mine, "c1", "e")
         except BaseException:
             mine.close()
             raise
-        assert json.loads(shim.recv(999)) == {"attach": "c1", "exec": "e", "owner": True}
+        assert json.loads(shim.recv(999)) == {"attach": "c1", "exec": "e"}
         return attachment
 
 

@@ -53,8 +53,8 @@ class Sandbox:
     async def wait(self, container_id: str, exec_id: str) -> int:
         return await asyncio.shield(self.exit)
 
-    async def owner_gone(self, container_id: str) -> None:
-        self.calls.put_nowait(("owner_gone", container_id))
+    async def detached(self, container_id: str, exec_id: str) -> None:
+        self.calls.put_nowait(("detached", container_id, exec_id))
 
     def close(self) -> None:
         for sock in self.far:
@@ -77,8 +77,8 @@ class Client:
         data = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.sock, DATAGRAM_MAX), 5)
         return json.loads(data) if data else None
 
-    async def attach(self, container_id: str = "c1", exec_id: str = "", *, owner: bool = False) -> None:
-        await self.say({"attach": container_id, "exec": exec_id, "owner": owner})
+    async def attach(self, container_id: str = "c1", exec_id: str = "") -> None:
+        await self.say({"attach": container_id, "exec": exec_id})
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ async def test_errors_are_told_with_their_class(
 
 
 async def test_a_lost_process_is_told(sandbox: Sandbox, client: Client) -> None:
-    await client.attach(owner=True)
+    await client.attach()
     await client.hear()
     await next_call(sandbox)
     sandbox.exit.set_exception(Unavailable("the VM died" + "\0" * DATAGRAM_MAX))
@@ -156,25 +156,22 @@ async def test_a_lost_process_is_told(sandbox: Sandbox, client: Client) -> None:
     assert sandbox.calls.empty()
 
 
-@pytest.mark.parametrize("opened", [True, False])
-async def test_an_owner_that_leaves_is_noticed(sandbox: Sandbox, client: Client, opened: bool) -> None:
-    """Also while the VM still boots, and the streams are not yet there."""
-    if not opened:
-        sandbox.opened.clear()
-    await client.attach(owner=True)
-    if opened:
-        await client.hear()
-    await next_call(sandbox)
-    client.sock.close()
-    assert await next_call(sandbox) == ("owner_gone", "c1")
-
-
-async def test_an_owner_that_got_the_exit_may_leave(sandbox: Sandbox, client: Client) -> None:
-    await client.attach(owner=True)
+async def test_whoever_has_done_with_the_streams_is_noticed(sandbox: Sandbox, client: Client) -> None:
+    """Before that, what the process wrote may still be on its way, and its container is not to be removed."""
+    await client.attach("c1", "e1")
     await client.hear()
     await next_call(sandbox)
     sandbox.exit.set_result(0)
     assert await client.hear() == {"exit": 0}
+    assert sandbox.calls.empty()
+    client.sock.close()
+    assert await next_call(sandbox) == ("detached", "c1", "e1")
+
+
+async def test_who_never_had_the_streams_is_not_done_with_them(sandbox: Sandbox, client: Client) -> None:
+    sandbox.opened.clear()
+    await client.attach()
+    await next_call(sandbox)
     client.sock.close()
     for _ in range(50):  # turns of the loop: the server hears the end in the first ones
         await asyncio.sleep(0)
@@ -184,10 +181,10 @@ async def test_an_owner_that_got_the_exit_may_leave(sandbox: Sandbox, client: Cl
 @pytest.mark.parametrize(
     "first",
     [
-        {"attach": "c1", "exec": ""},
-        {"attach": "c1", "exec": "", "owner": False, "more": 1},
-        {"attach": 1, "exec": "", "owner": False},
-        {"attach": "c1", "exec": "", "owner": 1},
+        {"attach": "c1"},
+        {"attach": "c1", "exec": "", "more": 1},
+        {"attach": 1, "exec": ""},
+        {"attach": "c1", "exec": None},
         {"signal": 9},
         [],
         b"{",
@@ -222,7 +219,7 @@ async def test_a_wrong_later_message_ends_the_attachment(sandbox: Sandbox, clien
     await client.say(later)
     assert (await client.hear())["kind"] == "InvalidArgument"
     assert await client.hear() is None
-    assert sandbox.calls.empty()
+    assert await next_call(sandbox) == ("detached", "c1", "")
 
 
 async def test_a_silent_client_blocks_nobody_and_is_dropped(
@@ -238,13 +235,13 @@ async def test_a_silent_client_blocks_nobody_and_is_dropped(
 
 
 async def test_the_end_of_the_server_ends_attachments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """And does not look like the owner's leaving: the sandbox is going anyway."""
+    """And does not look like the client's leaving: the sandbox is going anyway."""
     sandbox = Sandbox()
     path = tmp_path / "attach.sock"
     with caplog.at_level(logging.WARNING):
         async with AttachServer(unix.listen(path, socket.SOCK_SEQPACKET), sandbox):
             client = Client(path)
-            await client.attach(owner=True)
+            await client.attach()
             await client.hear()
             await next_call(sandbox)
         assert await client.hear() is None
