@@ -156,7 +156,6 @@ async def start_machine(
     """
     machine = Machine(name, record)
     async with AsyncExitStack() as stack:
-        stack.enter_context(machine._end_quietly())
         # gRPC takes long to import, and nothing needs it before the guest is up.
         imported = asyncio.ensure_future(asyncio.to_thread(importlib.import_module, "katapy.agent.client"))
         stack.push_async_callback(_settled, imported)
@@ -199,6 +198,8 @@ async def start_machine(
         await machine.guarded(_greet(agent))
         log.debug("%s: the agent answers", name)
         machine._parts = MachineParts(acceleration, vm, vsock, tree, agent)
+        # The first to be left: from there on, an end is what was asked for.
+        stack.enter_context(machine._end_quietly())
         yield machine
 
 
