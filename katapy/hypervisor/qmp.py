@@ -83,4 +83,9 @@ async def connect(ours: socket.socket, *, name: str, timeout: float) -> Qmp:
         raise Timeout(f"QEMU of {name} did not greet within {timeout:g} s") from error
     except module.QMPError as error:
         raise Unavailable(f"QEMU of {name} ended before it greeted") from error
+    except AssertionError:
+        # The library asserts that the session which it has just established still is one. QEMU may have ended since,
+        # which the next command tells, and shutdown_reason().
+        if client.runstate is not module.Runstate.DISCONNECTING:
+            raise
     return qmp

@@ -23,8 +23,9 @@ class FakeQemu:
         self._end.setblocking(False)
         self._loop = asyncio.get_running_loop()
 
-    async def say(self, message: object) -> None:
-        await self._loop.sock_sendall(self._end, json.dumps(message).encode() + b"\r\n")
+    async def say(self, *messages: object) -> None:
+        data = b"".join(json.dumps(message).encode() + b"\r\n" for message in messages)
+        await self._loop.sock_sendall(self._end, data)
 
     async def hear(self) -> dict[str, object]:
         heard: dict[str, object] = json.loads(await self._loop.sock_recv(self._end, 65536))
@@ -99,6 +100,24 @@ async def test_a_qemu_that_ends_at_once(pair: tuple[socket.socket, FakeQemu]) ->
     pair[1].hang_up()
     with pytest.raises(Unavailable, match="ended before it greeted"):
         await qmp.connect(pair[0], name="web", timeout=5)
+
+
+async def test_a_qemu_that_ends_just_after_its_greeting(pair: tuple[socket.socket, FakeQemu]) -> None:
+    """Where the guest reset at once, an AssertionError of the library came out instead of the reason."""
+
+    async def greet_and_end() -> None:
+        await pair[1].say(GREETING)
+        await pair[1].hear()
+        stamp = {"seconds": 1, "microseconds": 0}
+        event = {"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}, "timestamp": stamp}
+        await pair[1].say({"return": {}}, event)
+        pair[1].hang_up()
+
+    control, _ = await asyncio.gather(qmp.connect(pair[0], name="web", timeout=5), greet_and_end())
+    with pytest.raises(Unavailable, match="cont failed"):
+        await control.execute("cont", timeout=5)
+    assert control.shutdown_reason() == "guest-reset"
+    await control.close()
 
 
 async def test_events_are_bounded_and_the_shutdown_is_known(pair: tuple[socket.socket, FakeQemu]) -> None:
