@@ -103,7 +103,7 @@ def test_streams_are_pipes_that_can_be_reopened(katapy: Katapy, bundle: MakeBund
 
 def test_delete_waits_for_output_on_its_way(katapy: Katapy, bundle: MakeBundle) -> None:
     """A container that has ended may have written what a slow reader has not yet taken: `delete` cut it off."""
-    size = 700_000  # more than a pipe and a stand-in hold, less than everything on the way
+    size = 1_000_000  # more than a pipe and a stand-in hold, less than everything on the way
     reader, writer = os.pipe()
     with os.fdopen(writer, "wb") as file:
         argv = katapy.argv("run", "--detach", "--bundle", bundle(["head", "-c", str(size), "/dev/zero"]), "c1")
@@ -112,6 +112,9 @@ def test_delete_waits_for_output_on_its_way(katapy: Katapy, bundle: MakeBundle) 
     while katapy.state("c1")["status"] != "stopped":
         assert time.monotonic() < deadline
     with katapy.start("delete", "c1") as deleting, os.fdopen(reader, "rb") as file:
+        pidfd = os.pidfd_open(deleting.pid)
+        assert not select.select([pidfd], [], [], 3)[0], "it did not wait"
+        os.close(pidfd)
         assert len(file.read()) == size
         assert deleting.wait(DEADLINE) == 0
 
