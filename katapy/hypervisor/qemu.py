@@ -25,6 +25,7 @@ from katapy.errors import InvalidArgument, KatapyError, NotFound, PermissionDeni
 from katapy.hypervisor import VmConfig, qmp
 from katapy.hypervisor.accel import KVM_DEVICE, Acceleration, Kind
 from katapy.hypervisor.cmdline import Descriptors, build_argv
+from katapy.hypervisor.kvm_node import own_node
 
 _ELF: Final = b"\x7fELF"
 # The kernel's Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
@@ -39,10 +40,11 @@ _QUIT_DEADLINE: Final = 1.0
 _TERM_GRACE: Final = 2.0
 _EXIT_DEADLINE: Final = 2.0
 _CONSOLE_LINES: Final = 10
-# systemd's UIDS-GIDS.md marks 1879048192 to 2147483647 as unused: no user, no container has these. A random one for
-# each VM keeps a QEMU that was taken over away from all the others.
-_UID_FIRST: Final = 1879048192
-_UID_COUNT: Final = 1 << 28
+# systemd's UIDS-GIDS.md marks 0x70000000 to 0x7fffffff as unused: no user, no container has these. A random one for
+# each VM keeps a QEMU that was taken over away from all the others. The first 2^22, one for each pid, are those of
+# vsock_process.
+_UID_FIRST: Final = 0x7040_0000
+_UID_COUNT: Final = 0x8000_0000 - _UID_FIRST
 
 
 class QemuVm:
@@ -133,7 +135,8 @@ class QemuVm:
 async def start_vm(config: VmConfig, *, name: str, console_path: Path) -> AsyncIterator[QemuVm]:
     """Start a VM and end it with the context; the guest boots already when this yields.
 
-    ``name`` is the sandbox's id, ``console_path`` a file for the guest's console (at most 1 MiB).
+    ``name`` is the sandbox's id, ``console_path`` a file for the guest's console (at most 1 MiB) in its directory.
+    With KVM the caller needs a mount namespace of its own; see ``kvm_node``.
     Raises NotFound, PermissionDenied or InvalidArgument for a file of ``config`` that cannot be used, Unavailable
     with QEMU's own words when it does not start.
     """
@@ -180,7 +183,7 @@ def _launch(config: VmConfig, name: str, console_path: Path, stack: AsyncExitSta
             name=QEMU,
             fds=_inherited(fds, config),
             stderr=theirs.stderr.fileno(),
-            identity=_identity(config.acceleration),
+            identity=_identity(config.acceleration, console_path.parent, stack),
         )
         # Should the orderly stop be cut short.
         stack.callback(process.kill)
@@ -249,8 +252,11 @@ def _open_console(source: socket.socket, path: Path) -> Console:
         raise Unavailable(f"cannot write the console log {path}: {(error.strerror or str(error)).lower()}") from error
 
 
-def _identity(acceleration: Acceleration) -> run.Identity | None:
-    """Return a user that owns nothing, in the group of /dev/kvm where that is needed; None if we are not root."""
+def _identity(acceleration: Acceleration, directory: Path, stack: AsyncExitStack) -> run.Identity | None:
+    """Return a user that owns nothing, in the group of /dev/kvm where that is needed; None if we are not root.
+
+    Where only root may open /dev/kvm, this user may until ``stack`` unwinds.
+    """
     if os.geteuid() != 0:
         return None
     uid = _UID_FIRST + secrets.randbelow(_UID_COUNT)
@@ -259,7 +265,7 @@ def _identity(acceleration: Acceleration) -> run.Identity | None:
     found = KVM_DEVICE.stat()
     if found.st_mode & 0o006 == 0o006:
         return run.Identity(uid, uid)
-    if found.st_mode & 0o060 == 0o060:
+    if found.st_mode & 0o060 == 0o060 and found.st_gid != 0:
         return run.Identity(uid, uid, (found.st_gid,))
-    # QEMU 7.2 takes no descriptor of /dev/kvm, and only root may open it here: root without any capability.
-    return run.Identity(0, 0)
+    stack.enter_context(own_node(KVM_DEVICE, uid, directory))
+    return run.Identity(uid, uid)

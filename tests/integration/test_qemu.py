@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -97,11 +98,22 @@ async def test_qemu_has_no_privilege(config: VmConfig, tmp_path: Path) -> None:
     async with start_vm(config, name="web", console_path=tmp_path / "console.log") as vm:
         lines = Path(f"/proc/{vm.process.pid}/status").read_text().splitlines()
     status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-    assert all(int(uid) >= 1879048192 for uid in status["Uid"].split())
+    assert len(set(status["Uid"].split())) == 1
     assert status["Groups"].strip() == ""
     for kind in ("CapPrm", "CapEff", "CapInh", "CapBnd", "CapAmb"):
         assert int(status[kind], 16) == 0
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+
+
+@pytest.mark.parametrize("last", [False, True])
+async def test_qemus_users_are_its_own(
+    config: VmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    """A QEMU could get the user of another VM's vsock device, which is 0x70000000 and its pid, below 2^22."""
+    monkeypatch.setattr(secrets, "randbelow", lambda count: count - 1 if last else 0)
+    async with start_vm(config, name="web", console_path=tmp_path / "console.log") as vm:
+        uid = os.stat(f"/proc/{vm.process.pid}").st_uid
+    assert 0x7000_0000 + (1 << 22) <= uid <= 0x7FFF_FFFF
 
 
 async def test_files_that_only_root_may_read_work(config: VmConfig, tmp_path: Path) -> None:
