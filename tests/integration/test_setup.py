@@ -114,8 +114,10 @@ def _edit(host: Host, name: str) -> None:
 
 
 def _make(host: Host, *args: str) -> str:
-    argv = ["make", "--no-print-directory", "PROGRAMS=", f"DATA_DIR={host.checkout}/data", *args]
-    done = subprocess.run(argv, cwd=host.checkout, capture_output=True, text=True)
+    argv = ["make", "PROGRAMS=", f"DATA_DIR={host.checkout}/data", *args]
+    # Not the make that may run these tests.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(argv, cwd=host.checkout, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
