@@ -125,7 +125,7 @@ def plan_exec(
         rows=rows or process.console_size.height,
         columns=columns or process.console_size.width,
         pid=init_pid,
-        namespaces=namespaces.joined_types(spec.linux.namespaces),
+        namespaces=namespaces.own_types(spec.linux.namespaces),
         filter=_compile(spec),
         personality=spec.linux.personality,
     )

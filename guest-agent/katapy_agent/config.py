@@ -236,7 +236,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Namespace:
-    """A new namespace, or where ``path`` is set one to join. The network namespace is always the VM's."""
+    """A new namespace. The network namespace is always the VM's."""
 
     type: str
     path: str = ""
@@ -244,9 +244,7 @@ class Namespace:
     def __post_init__(self) -> None:
         _one_of("type", self.type, set(NamespaceType))
         if self.path:
-            _absolute("path", self.path)
-            if self.type == NamespaceType.MOUNT:
-                raise Unsupported("path of a mount namespace is not supported")
+            raise Unsupported("path is not supported: a container joins no other namespace")
 
 
 @dataclass(frozen=True)
@@ -355,7 +353,7 @@ class Linux:
             self._check_sysctl(name)
 
     def has(self, type_: NamespaceType) -> bool:
-        """Return whether the container has a namespace of this type, new or joined."""
+        """Return whether the container has a namespace of this type."""
         return any(namespace.type == type_ for namespace in self.namespaces)
 
     def _check_namespaces(self) -> None:
@@ -364,14 +362,13 @@ class Linux:
             raise InvalidArgument("namespaces has a type twice")
         if not self.has(NamespaceType.MOUNT):
             raise Unsupported("namespaces without a mount namespace is not supported")
-        user = next((each for each in self.namespaces if each.type == NamespaceType.USER), None)
-        if user and not user.path:
+        if self.has(NamespaceType.USER):
             for name, mappings in (("uidMappings", self.uid_mappings), ("gidMappings", self.gid_mappings)):
                 if not any(mapping.container_id == 0 and mapping.size for mapping in mappings):
                     raise InvalidArgument(f"{name} does not map id 0 of the new user namespace")
         elif self.uid_mappings or self.gid_mappings:
             raise InvalidArgument("uidMappings and gidMappings need a new user namespace")
-        if self.time_offsets and Namespace("time") not in self.namespaces:
+        if self.time_offsets and not self.has(NamespaceType.TIME):
             raise InvalidArgument("timeOffsets needs a new time namespace")
 
     def _check_sysctl(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Namespaces of a container: joining, making, mapping user ids.
+"""Namespaces of a container: making and joining them, mapping user ids.
 
 A process that has been here is in all of its namespaces but the new PID and time ones: those begin with its child.
 The network namespace is always the VM's, whatever the specification's entry says.
@@ -34,26 +34,11 @@ def enter(
     gid_mappings: Sequence[IDMapping],
     time_offsets: Mapping[str, TimeOffset],
 ) -> None:
-    """Join the namespaces that have a path and make the others, and a cgroup namespace in any case.
-
-    Without a cgroup namespace a container would see every other container's cgroup. Raises KatapyError.
-    """
-    paths = {NamespaceType(each.type): each.path for each in namespaces}
-    paths.setdefault(NamespaceType.CGROUP, "")
-    ordered = [(type_, paths[type_]) for type_ in _FLAGS if type_ in paths]
-    # All are opened before the first is joined: in a new user or mount namespace the paths may mean nothing.
-    opened = [(type_, _open(type_, path)) for type_, path in ordered if path]
-    for type_, fd in opened:
-        with doing(f"join the {type_} namespace {paths[type_]}"):
-            linux.setns(fd, _FLAGS[type_])
-        os.close(fd)
+    """Make the namespaces that the container has for itself; see ``own_types``. Raises KatapyError."""
+    for type_ in own_types(namespaces):
         if type_ is NamespaceType.USER:
-            become_root()
-    new = [type_ for type_, path in ordered if not path]
-    if NamespaceType.USER in new:
-        new.remove(NamespaceType.USER)
-        _enter_new_user_namespace(uid_mappings, gid_mappings)
-    for type_ in new:
+            _enter_new_user_namespace(uid_mappings, gid_mappings)
+            continue
         with doing(f"make a {type_} namespace"):
             linux.unshare(_FLAGS[type_])
     for clock, offset in time_offsets.items():
@@ -74,8 +59,9 @@ def join(pid: int, types: Sequence[NamespaceType]) -> None:
         become_root()
 
 
-def joined_types(namespaces: Sequence[Namespace]) -> tuple[NamespaceType, ...]:
-    """Return the types of namespace that a container with these entries has for itself; see ``enter``."""
+def own_types(namespaces: Sequence[Namespace]) -> tuple[NamespaceType, ...]:
+    """Return the types of namespace that a container with these entries has for itself, in the order of making."""
+    # Without one of its own it would see every other container's cgroup.
     types = {NamespaceType(each.type) for each in namespaces} | {NamespaceType.CGROUP}
     return tuple(type_ for type_ in _FLAGS if type_ in types)
 
@@ -103,11 +89,6 @@ def write_sysctls(proc_sys: int, values: Mapping[str, str]) -> None:
                 os.write(fd, value.encode())
             finally:
                 os.close(fd)
-
-
-def _open(type_: NamespaceType, path: str) -> int:
-    with doing(f"open the {type_} namespace {path}"):
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _enter_new_user_namespace(uid_mappings: Sequence[IDMapping], gid_mappings: Sequence[IDMapping]) -> None:

@@ -559,22 +559,6 @@ def test_read_only_root_in_a_user_namespace(lab: Lab) -> None:
     assert status == 0
 
 
-def test_joined_namespaces(lab: Lab) -> None:
-    first = lab.create(lab.spec(process(args=["/bin/sleep", "30"])))
-
-    def joined(document: Document) -> None:
-        del document["hostname"]
-        paths = {"uts": "uts", "ipc": "ipc", "pid": "pid"}
-        for namespace in document["linux"]["namespaces"]:
-            if namespace["type"] in paths:
-                namespace["path"] = f"/proc/{first.pid}/ns/{paths[namespace['type']]}"
-
-    second = lab.create(lab.spec(both(joined, process(args=["/bin/sleep", "30"]))))
-    for name in ("uts", "ipc", "pid"):
-        assert os.readlink(f"/proc/{second.pid}/ns/{name}") == os.readlink(f"/proc/{first.pid}/ns/{name}")
-    assert os.readlink(f"/proc/{second.pid}/ns/mnt") != os.readlink(f"/proc/{first.pid}/ns/mnt")
-
-
 def test_time_namespace(lab: Lab) -> None:
     def change(document: Document) -> None:
         document["linux"]["namespaces"].append({"type": "time"})

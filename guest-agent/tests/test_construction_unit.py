@@ -119,6 +119,8 @@ def test_wrong_values_are_refused_by_name(path: str, value: object, words: str) 
         ("linux.sysctl", {"kernel.core_pattern": "|/x"}, "sysctl 'kernel.core_pattern' is not supported"),
         ("linux.sysctl", {"vm.swappiness": "1"}, "sysctl 'vm.swappiness' is not supported"),
         ("linux.namespaces", [{"type": "pid"}], "without a mount namespace"),
+        ("linux.namespaces", [{"type": "ipc", "path": "/proc/1/ns/ipc"}], r"linux.namespaces\[0\].path is not"),
+        ("linux.namespaces", [{"type": "network", "path": "/run/netns/x"}], r"linux.namespaces\[0\].path is not"),
         ("mounts", [{"destination": "/x", "type": "tmpfs", "uidMappings": [{}]}], r"mounts\[0\].uidMappings"),
     ],
 )

@@ -11,6 +11,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Final
 
+from katapy.errors import Unsupported
 from katapy.jsonfile import shown
 from katapy.oci.node import (
     ID_MAX,
@@ -39,10 +40,9 @@ _DEVICE_ID: Final = integer(-1, (1 << 32) - 1)
 
 @dataclass(frozen=True)
 class Namespace:
-    """A namespace to create, or to join where ``path`` is set."""
+    """A namespace to create."""
 
     type: str
-    path: str | None
 
 
 @dataclass(frozen=True)
@@ -212,12 +212,17 @@ class IntelRdt:
 
 
 def parse_namespaces(node: Node) -> tuple[Namespace, ...]:
-    """Parse ``linux.namespaces``; a type may come once."""
-    namespaces = tuple(
-        Namespace(item.need("type", one_of(NAMESPACES)), item.find("path", absolute_path)) for item in node.items()
-    )
+    """Parse ``linux.namespaces``; a type may come once. Raises Unsupported for one to join."""
+    namespaces = tuple(_namespace(item) for item in node.items())
     _refuse_duplicates(node, [namespace.type for namespace in namespaces])
     return namespaces
+
+
+def _namespace(node: Node) -> Namespace:
+    if node.get("path", text, ""):
+        # The path is the host's, and means something else or nothing in the guest.
+        node.child("path").fail("joining another namespace is not supported yet", Unsupported)
+    return Namespace(node.need("type", one_of(NAMESPACES)))
 
 
 def parse_id_mappings(node: Node) -> tuple[IdMapping, ...]:
