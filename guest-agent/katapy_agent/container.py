@@ -215,7 +215,7 @@ class Container:
             raise Unavailable(f"container {self.id} already runs {_EXECS_MAX} processes of the host's")
 
     def _init_ended(self) -> None:
-        # With a PID namespace of its own the kernel has killed the rest already.
+        # The kernel has killed the rest of its PID namespace already.
         self.cgroup.kill()
         self._publish_end("", self.process(""))
 

@@ -61,8 +61,8 @@ def join(pid: int, types: Sequence[NamespaceType]) -> None:
 
 def own_types(namespaces: Sequence[Namespace]) -> tuple[NamespaceType, ...]:
     """Return the types of namespace that a container with these entries has for itself, in the order of making."""
-    # Without one of its own it would see every other container's cgroup.
-    types = {NamespaceType(each.type) for each in namespaces} | {NamespaceType.CGROUP}
+    # Without one of its own it would see every other container's cgroup, and could kill the agent, and the VM with it.
+    types = {NamespaceType(each.type) for each in namespaces} | {NamespaceType.CGROUP, NamespaceType.PID}
     return tuple(type_ for type_ in _FLAGS if type_ in types)
 
 

@@ -559,6 +559,23 @@ def test_read_only_root_in_a_user_namespace(lab: Lab) -> None:
     assert status == 0
 
 
+def test_container_without_a_pid_namespace_gets_one(lab: Lab) -> None:
+    """It saw the agent and the launcher, and could end the VM by killing them."""
+
+    def without_pid(document: Document) -> None:
+        kinds = document["linux"]["namespaces"]
+        document["linux"]["namespaces"] = [namespace for namespace in kinds if namespace["type"] != "pid"]
+
+    spec = lab.spec(both(without_pid, process(args=["/bin/sleep", "30"])))
+    container = lab.create(spec)
+    container.start()
+    added = lab.exec(container, spec, args=["sh", "-c", f"echo /proc/[0-9]*; kill -0 {os.getpid()}"])
+    added.start()
+    status, output = added.finish()
+    assert status == 1
+    assert output.splitlines()[0] == "/proc/1 /proc/2"
+
+
 def test_time_namespace(lab: Lab) -> None:
     def change(document: Document) -> None:
         document["linux"]["namespaces"].append({"type": "time"})
