@@ -210,6 +210,8 @@ def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...])
     rootfs.protect(spec, root)
     with doing("change the root directory"):
         mounts.pivot(root)
+    if spec.linux.rootfs_propagation:
+        rootfs.set_propagation(spec.linux.rootfs_propagation)
     if spec.hostname:
         with doing(f"set hostname {spec.hostname}"):
             socket.sethostname(spec.hostname)

@@ -2,7 +2,8 @@
 
 It is built in two steps. ``open_sources`` runs with all privileges in the VM's own namespaces and opens what comes
 from there: bind sources, the root, device nodes. ``build`` and ``protect`` run inside the container's namespaces and
-touch nothing of the VM but /dev/null. The steps themselves are ``mounts``'s.
+touch nothing of the VM but /dev/null; ``set_propagation`` follows when the root is in place. The steps themselves are
+``mounts``'s.
 """
 
 from __future__ import annotations
@@ -112,19 +113,23 @@ def build(spec: Spec, sources: Sources) -> int:
 
 
 def protect(spec: Spec, root: int) -> None:
-    """Hide masked paths, make read-only what shall be, set the root's propagation. Raises KatapyError."""
+    """Hide masked paths and make read-only what shall be. Raises KatapyError."""
     for path in spec.linux.readonly_paths:
         with doing(f"make {path} read-only"):
             _make_read_only(root, path)
     for path in spec.linux.masked_paths:
         with doing(f"mask {path}"):
             _mask(root, path)
-    with doing("finish the root file system"):
-        if spec.root.readonly:
+    if spec.root.readonly:
+        with doing("make the root file system read-only"):
             linux.mount_setattr(root, set_=linux.MOUNT_ATTR_RDONLY)
-        if name := spec.linux.rootfs_propagation:
-            flag = mounts.PROPAGATIONS[name.removeprefix("r")]
-            linux.mount_setattr(root, propagation=flag, recursive=name.startswith("r"))
+
+
+def set_propagation(name: str) -> None:
+    """Set rootfsPropagation on what is the root now: pivot_root(2) takes no shared mount. Raises KatapyError."""
+    with doing(f"set rootfsPropagation {name}"), closing(os.open("/", os.O_PATH | os.O_CLOEXEC)) as root:
+        flag = mounts.PROPAGATIONS[name.removeprefix("r")]
+        linux.mount_setattr(root, propagation=flag, recursive=name.startswith("r"))
 
 
 def _clone_private(path: str, *, recursive: bool, flag: int) -> int:

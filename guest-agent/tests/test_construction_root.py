@@ -296,6 +296,18 @@ def test_failed_mount_names_itself(lab: Lab) -> None:
         lab.create(lab.spec(more_mounts(bind(Path("/no/such"), "/x"))))
 
 
+@pytest.mark.parametrize(
+    ("propagation", "expected"),
+    [("shared", ("shared", "")), ("rshared", ("shared", "shared")), ("rslave", ("", "")), ("", ("", ""))],
+)
+def test_propagation_of_the_root(lab: Lab, propagation: str, expected: tuple[str, str]) -> None:
+    """A root that was to be shared was so before pivot_root(2), which answers EINVAL to that."""
+    _, output = lab.run("cat /proc/self/mountinfo", linux_part(rootfsPropagation=propagation))
+    fields = [line.split(" - ")[0].split() for line in output.splitlines()]
+    tags = {each[4]: " ".join(tag.partition(":")[0] for tag in each[6:]) for each in fields}
+    assert (tags["/"], tags["/proc"]) == expected
+
+
 def without_dev(document: Document) -> None:
     document["mounts"] = [mount for mount in document["mounts"] if not mount["destination"].startswith("/dev")]
 
