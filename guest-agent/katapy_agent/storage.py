@@ -53,7 +53,8 @@ def mount_root_file_systems() -> None:
 
 def mount_shared(tag: str) -> None:
     """Mount the host's virtio-fs share called ``tag`` at SHARED. Raises KatapyError."""
-    mount("virtiofs", SHARED, linux.MOUNT_ATTR_NODEV | linux.MOUNT_ATTR_NOSUID, source=tag)
+    # Not nosuid: every root and volume inherits this, and setuid programs are theirs to have.
+    mount("virtiofs", SHARED, linux.MOUNT_ATTR_NODEV, source=tag)
 
 
 def unmount_shared() -> None:
