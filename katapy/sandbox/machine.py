@@ -171,7 +171,7 @@ async def start_machine(
         machine._watch(daemon.process, stack, daemon.output)
         vsock = await stack.enter_async_context(start_vsock(find_kind(hypervisor.vsock)))
         if vsock.process is not None:
-            machine._watch(vsock.process, stack)
+            machine._watch(vsock.process, stack, vsock.output)
         vm_config = VmConfig(
             qemu=hypervisor.qemu,
             acceleration=acceleration,

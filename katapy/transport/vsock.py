@@ -26,6 +26,7 @@ from typing import Final
 
 import katapy
 from katapy import run
+from katapy.console import Console
 from katapy.devices import KernelVsock, UserVsock
 from katapy.errors import InvalidArgument, KatapyError, Timeout, Unavailable
 from katapy.transport.vsock_device import CONNECTED, EXHAUSTED, FIRST_PORT, LAST_PORT
@@ -52,10 +53,14 @@ class VsockKind(StrEnum):
 
 
 class Vsock(ABC):
-    """A running device: ``device`` is for QEMU, ``process`` (if it has one) is to be watched by the owner."""
+    """A running device: ``device`` is for QEMU, ``process`` (if it has one) is to be watched by the owner.
+
+    ``output`` is what the process prints: why it ends, which a guest may provoke.
+    """
 
     device: KernelVsock | UserVsock
     process: run.Process | None
+    output: Console | None
 
     async def connect(self, port: int, *, timeout: float) -> socket.socket:
         """Connect to a port of the guest, within ``timeout`` seconds.
@@ -110,6 +115,7 @@ async def start_vsock(kind: VsockKind) -> AsyncIterator[Vsock]:
 
 class _KernelVsock(Vsock):
     process = None
+    output = None
 
     def __init__(self, device: KernelVsock) -> None:
         self.device = device
@@ -182,9 +188,11 @@ def _bind_privileged(sock: socket.socket) -> None:
 
 class _UserVsock(Vsock):
     process: run.Process
+    output: Console
 
-    def __init__(self, process: run.Process, device: UserVsock, control: socket.socket) -> None:
+    def __init__(self, process: run.Process, output: Console, device: UserVsock, control: socket.socket) -> None:
         self.process = process
+        self.output = output
         self.device = device
         self._control = control
         self._requests = count()
@@ -250,8 +258,13 @@ async def _user_vsock() -> AsyncIterator[_UserVsock]:
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stack.enter_context(control)
         control.setblocking(False)
-        with vhost, theirs:
-            vsock = _UserVsock(_start_process(vhost, theirs), UserVsock(qemu.fileno()), control)
+        read, write = socket.socketpair()
+        stack.enter_context(read)
+        with vhost, theirs, write:
+            process = _start_process(vhost, theirs, write)
+        output = Console(read)
+        stack.callback(output.close)
+        vsock = _UserVsock(process, output, UserVsock(qemu.fileno()), control)
         loop.add_reader(control, vsock.on_answer)
         try:
             yield vsock
@@ -260,11 +273,11 @@ async def _user_vsock() -> AsyncIterator[_UserVsock]:
             await vsock.process.stop(grace=0)
 
 
-def _start_process(vhost: socket.socket, control: socket.socket) -> run.Process:
+def _start_process(vhost: socket.socket, control: socket.socket, stderr: socket.socket) -> run.Process:
     library = Path(katapy.__file__).parent.parent
     fds = vhost.fileno(), control.fileno()
     argv = [sys.executable, "-I", "-S", "-c", _BOOT, str(library), *map(str, fds)]
-    return run.start(argv, name="vsock device", fds=fds, stderr=2)
+    return run.start(argv, name="vsock device", fds=fds, stderr=stderr.fileno())
 
 
 def _unavailable(port: int, reason: str) -> KatapyError:

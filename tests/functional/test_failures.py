@@ -76,6 +76,25 @@ def test_part_killed_during_boot(katapy: Katapy, bundle: MakeBundle, part: str) 
     assert part in error.decode().lower()
 
 
+def test_vsock_device_that_gives_up(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
+    """Why it had ended only went to the shim's log, which goes with the pod."""
+    config = tmp_path / "katapy.toml"
+    config.write_text('[hypervisor]\nvsock = "user"\n')
+    config.chmod(0o600)
+    katapy.options = ("--config", str(config))
+    katapy.detach("run", "--detach", "--bundle", bundle(["sleep", "1000"]), "c1")
+    # It can take no descriptor any more, so the next request comes to it without its socket.
+    pid = _pid_of(katapy, "c1", "vsock")
+    uid = os.stat(f"/proc/{pid}").st_uid
+    as_itself = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+    subprocess.run([*as_itself, "prlimit", f"--pid={pid}", "--nofile=0:0"], check=True)
+    failed = katapy("exec", "c1", "true")
+    assert failed.returncode == 1
+    assert b"vsock device of c1 died" in failed.stderr
+    assert failed.stderr.endswith(b"\nkatapy vsock device: the owner's request is malformed\n")
+    katapy("delete", "--force", "c1", check=True)
+
+
 def test_guest_that_does_not_answer(katapy: Katapy, bundle: MakeBundle) -> None:
     """A VM that stands still answers no call; it can be removed all the same."""
     katapy.detach("run", "--detach", "--bundle", bundle(["sleep", "1000"]), "c1")
