@@ -1,10 +1,10 @@
 """The process of the userspace vsock device: one virtual machine, one owner.
 
 Its owner has one end of a SOCK_SEQPACKET pair; each request on it carries a socket to connect to a port of the guest.
-QEMU has the other end of the vhost-user socket. The process ends with status 0 when either closes, and with status 1
-and one line on stderr when the guest or QEMU breaks the rules. It holds nothing but these sockets, the connections and
-the guest's memory, and lets go of every privilege before it reads the first message. Started by
-``katapy.transport.vsock``; it imports little, because there is one for every virtual machine.
+QEMU has the other end of the vhost-user socket. The process ends with status 0 when either is closed, its last copy
+that is, and with status 1 and one line on stderr when the guest or QEMU breaks the rules. It holds nothing but these
+sockets, stderr, the connections and the guest's memory, and lets go of every privilege before it reads the first
+message. Started by ``katapy.transport.vsock``; it imports little, because there is one for every virtual machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Choosing a vsock device, and claiming a CID from the kernel's; its streams need the kernel (tests/functional)."""
+"""Choosing a vsock device, and claiming a CID from the kernel's.
+
+Its streams need a guest: tests/functional/test_stdio.py has them on hosts with /dev/vhost-vsock.
+"""
 
 from __future__ import annotations
 
