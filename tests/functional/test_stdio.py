@@ -16,9 +16,14 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+import pytest
 from harness import DEADLINE, Katapy, MakeBundle
 
+from katapy.transport.vsock import VsockKind, find_kind
+
 MIB = 1 << 20
+# Every device that there is here; the kernel's is found where it can be opened.
+DEVICES = sorted({VsockKind.USER, find_kind("auto")})
 
 
 def _digest(stream: IO[bytes]) -> tuple[str, int]:
@@ -29,7 +34,12 @@ def _digest(stream: IO[bytes]) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def test_256_mib_through_cat(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_256_mib_through_cat(katapy: Katapy, bundle: MakeBundle, tmp_path: Path, device: VsockKind) -> None:
+    config = tmp_path / "katapy.toml"
+    config.write_text(f'[hypervisor]\nvsock = "{device}"\n')
+    config.chmod(0o600)
+    katapy.options = ("--config", str(config))
     block = os.urandom(MIB)
     digest = hashlib.sha256()
     pipe = subprocess.PIPE
