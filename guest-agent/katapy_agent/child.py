@@ -38,6 +38,7 @@ from katapy_agent.schema import Range
 _MESSAGE_MAX: Final = 65536
 _TEXT_MAX: Final = 4096
 _Size = Annotated[int, Range(0, 2**16 - 1)]
+_Uid = Annotated[int, Range(0, 2**32 - 2)]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class InitPlan:
 
 @dataclass(frozen=True)
 class ExecPlan:
-    """How one more process comes into the container of the init ``pid``."""
+    """How one more process comes into the container of the init ``pid``; the VM's ``stdio_uid`` owns its streams."""
 
     cgroup: str
     process: Process
@@ -71,6 +72,7 @@ class ExecPlan:
     columns: _Size
     pid: Annotated[int, Range(1, 2**31 - 1)]
     namespaces: tuple[str, ...]
+    stdio_uid: _Uid | None = None
     filter: Filter | None = None
     personality: Personality | None = None
 
@@ -126,6 +128,7 @@ def plan_exec(
         columns=columns or process.console_size.width,
         pid=init_pid,
         namespaces=namespaces.own_types(spec.linux.namespaces),
+        stdio_uid=spec.linux.host_uid(process.user.uid),
         filter=_compile(spec),
         personality=spec.linux.personality,
     )
@@ -198,7 +201,7 @@ def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...])
     process = spec.process
     assert process is not None
     # With the VM's privileges, in the VM's namespaces.
-    _prepare(plan.cgroup, process)
+    _prepare(plan.cgroup, process, streams, spec.linux.host_uid(process.user.uid))
     sources = rootfs.open_sources(spec)
     namespaces.enter(spec.linux.namespaces, spec.linux.uid_mappings, spec.linux.gid_mappings, spec.linux.time_offsets)
     _fork(channel)
@@ -223,7 +226,7 @@ def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...])
 
 
 def _join_container(plan: ExecPlan, channel: Channel, streams: tuple[int, ...]) -> NoReturn:
-    _prepare(plan.cgroup, plan.process)
+    _prepare(plan.cgroup, plan.process, streams, plan.stdio_uid)
     namespaces.join(plan.pid, [NamespaceType(name) for name in plan.namespaces])
     _fork(channel)
     if plan.terminal:
@@ -232,8 +235,8 @@ def _join_container(plan: ExecPlan, channel: Channel, streams: tuple[int, ...]) 
     _execute(plan.process, channel, streams, plan.terminal, plan.filter, plan.personality)
 
 
-def _prepare(cgroup: str, process: Process) -> None:
-    """Do what takes the VM's privileges: enter the cgroup, lower the OOM score, raise hard limits."""
+def _prepare(cgroup: str, process: Process, streams: tuple[int, ...], stdio_uid: int | None) -> None:
+    """Do what takes the VM's privileges: enter the cgroup, lower the OOM score, raise hard limits, give the pipes."""
     with doing(f"enter cgroup {cgroup}"):
         procs = os.open(f"{cgroup}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
         with mounts.closing(procs):
@@ -241,6 +244,8 @@ def _prepare(cgroup: str, process: Process) -> None:
     if process.oom_score_adj is not None:
         privileges.set_oom_score_adj(process.oom_score_adj)
     privileges.raise_hard_limits(process.rlimits)
+    if stdio_uid is not None:
+        privileges.give_streams(streams, stdio_uid)
 
 
 def _fork(channel: Channel) -> None:
@@ -275,13 +280,13 @@ def _execute(
 ) -> NoReturn:
     if has_terminal:
         terminal.adopt(streams[0])
+        privileges.give_streams(streams, process.user.uid)
     else:
         for fd, stream in enumerate(streams):
             os.dup2(stream, fd)
     environment = _environment(process)
     arguments = [os.fsencode(argument) for argument in process.args]
     program = base64.b64decode(filter_.program) if filter_ else b""
-    privileges.give_stdio(process.user.uid)
     if personality:
         privileges.set_personality(personality)
     if process.scheduler:

@@ -356,6 +356,13 @@ class Linux:
         """Return whether the container has a namespace of this type."""
         return any(namespace.type == type_ for namespace in self.namespaces)
 
+    def host_uid(self, uid: int) -> int | None:
+        """Return the VM's id of a user of the container; None where its user namespace does not map it."""
+        if not self.has(NamespaceType.USER):
+            return uid
+        found = (each for each in self.uid_mappings if 0 <= uid - each.container_id < each.size)
+        return next((each.host_id + uid - each.container_id for each in found), None)
+
     def _check_namespaces(self) -> None:
         types = [namespace.type for namespace in self.namespaces]
         if len(set(types)) != len(types):

@@ -88,9 +88,9 @@ def load_filter(program: bytes, flags: int) -> None:
         linux.seccomp_load(program, flags)
 
 
-def give_stdio(uid: int) -> None:
+def give_streams(streams: Sequence[int], uid: int) -> None:
     """Make the user owner of its standard streams, so that it can open /dev/stdout again; never of /dev/null."""
-    for fd in (0, 1, 2):
+    for fd in streams:
         status = os.fstat(fd)
         if status.st_uid == uid or (stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, 3)):
             continue

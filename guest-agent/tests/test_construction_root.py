@@ -493,6 +493,20 @@ def test_streams_belong_to_the_user(lab: Lab) -> None:
     assert (status, output) == (0, "out\nerr\n")
 
 
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_streams_belong_to_the_user_of_a_user_namespace(lab: Lab, uid: int) -> None:
+    """The pipes are the VM's root's, whom the namespace does not know: nobody in it could give them away."""
+    script = "echo out > /dev/stdout; echo err > /dev/stderr"
+    change = both(user_namespace, process(user={"uid": uid, "gid": uid}))
+    assert lab.run(script, change) == (0, "out\nerr\n")
+    spec = lab.spec(both(change, process(args=["/bin/sleep", "30"])))
+    container = lab.create(spec)
+    container.start()
+    added = lab.exec(container, spec, args=["sh", "-c", script], user={"uid": uid, "gid": uid})
+    added.start()
+    assert added.finish() == (0, "out\nerr\n")
+
+
 # -- seccomp --------------------------------------------------------------------------------------------------------
 
 DENY_MKDIR = {

@@ -167,6 +167,14 @@ def test_exec_inherits_what_it_does_not_say() -> None:
     assert set(made.namespaces) == {"mount", "pid", "cgroup"}
 
 
+def test_users_of_the_container_are_others_of_the_vm() -> None:
+    mappings = [{"containerID": 0, "hostID": 100000, "size": 10}, {"containerID": 10, "hostID": 5, "size": 1}]
+    namespaces = [{"type": "mount"}, {"type": "user"}]
+    linux = parse("linux", {"namespaces": namespaces, "uidMappings": mappings, "gidMappings": mappings}).linux
+    assert [linux.host_uid(uid) for uid in (0, 9, 10, 11)] == [100000, 100009, 5, None]
+    assert parse().linux.host_uid(11) == 11
+
+
 @pytest.mark.parametrize(
     ("name", "path"),
     [
