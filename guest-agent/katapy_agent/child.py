@@ -203,6 +203,7 @@ def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...])
     # With the VM's privileges, in the VM's namespaces.
     _prepare(plan.cgroup, process, streams, spec.linux.host_uid(process.user.uid))
     sources = rootfs.open_sources(spec)
+    namespaces.write_sysctls(sources.proc_sys, spec.linux.sysctl, network=True)
     namespaces.enter(spec.linux.namespaces, spec.linux.uid_mappings, spec.linux.gid_mappings, spec.linux.time_offsets)
     _fork(channel)
     # From here on as the container's init.
@@ -221,7 +222,7 @@ def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...])
     if spec.domainname:
         with doing(f"set domainname {spec.domainname}"):
             linux.setdomainname(spec.domainname)
-    namespaces.write_sysctls(sources.proc_sys, spec.linux.sysctl)
+    namespaces.write_sysctls(sources.proc_sys, spec.linux.sysctl, network=False)
     _execute(process, channel, streams, plan.terminal, plan.filter, spec.linux.personality)
 
 

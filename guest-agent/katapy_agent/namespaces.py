@@ -74,13 +74,16 @@ def become_root() -> None:
         os.setresuid(0, 0, 0)
 
 
-def write_sysctls(proc_sys: int, values: Mapping[str, str]) -> None:
-    """Set kernel parameters of the namespaces that this process is in.
+def write_sysctls(proc_sys: int, values: Mapping[str, str], *, network: bool) -> None:
+    """Set kernel parameters of the namespaces that this process is in: the network's, or all others.
 
+    The network's take the VM's privileges: its namespace is the VM's, over which a user namespace has no rights.
     ``proc_sys`` is the VM's own /proc/sys, opened before anything of the container existed. Raises KatapyError.
     """
     resolve = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_XDEV
     for name, value in values.items():
+        if sysctl_path(name).startswith("net/") is not network:
+            continue
         with doing(f"set sysctl {name}"):
             fd = linux.openat2(proc_sys, sysctl_path(name), os.O_WRONLY, resolve=resolve)
             try:

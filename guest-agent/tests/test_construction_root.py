@@ -618,6 +618,15 @@ def test_sysctls_of_the_containers_namespaces(lab: Lab) -> None:
     assert Path("/proc/sys/kernel/msgmax").read_text() == before
 
 
+@pytest.mark.parametrize("change", [both(), user_namespace])
+def test_sysctls_of_the_network(lab: Lab, change: Change) -> None:
+    """The network is the VM's: in a user namespace nobody may write to it, and the container was refused."""
+    value = Path("/proc/sys/net/ipv4/ip_default_ttl").read_text().strip()
+    sysctls = linux_part(sysctl={"net.ipv4.ip_default_ttl": value, "kernel.msgmax": "4321"})
+    _, output = lab.run("cat /proc/sys/net/ipv4/ip_default_ttl /proc/sys/kernel/msgmax", both(change, sysctls))
+    assert output.split() == [value, "4321"]
+
+
 def test_domain_name(lab: Lab) -> None:
     _, output = lab.run("cat /proc/sys/kernel/domainname", lambda document: document.update(domainname="katapy.test"))
     assert output.strip() == "katapy.test"
