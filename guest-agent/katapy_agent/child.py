@@ -325,6 +325,7 @@ def _environment(process: Process) -> dict[bytes, bytes]:
 def find_program(name: str, search_path: bytes) -> bytes:
     """Return the path of a program as this process finds it now, in ``search_path`` where it has no slash.
 
+    An empty or relative entry, which starts from the working directory, is passed over: runc runs nothing from there.
     Raises CommandNotFound and CommandNotExecutable, in runc's words.
     """
     encoded = os.fsencode(name)
@@ -332,7 +333,9 @@ def find_program(name: str, search_path: bytes) -> bytes:
         _check_executable(name, encoded)
         return encoded
     for directory in search_path.split(b":"):
-        candidate = os.path.join(directory or b".", encoded)
+        if not directory.startswith(b"/"):
+            continue
+        candidate = os.path.join(directory, encoded)
         try:
             if stat.S_ISREG(os.stat(candidate).st_mode) and os.access(candidate, os.X_OK, effective_ids=True):
                 return candidate

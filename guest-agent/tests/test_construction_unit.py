@@ -479,6 +479,20 @@ def test_programs_are_found_as_runc_finds_them(tmp_path: Path) -> None:
         child.find_program(str(tmp_path), search)
 
 
+@pytest.mark.parametrize("search", [b"", b":", b".", b"/nowhere:", b"bin"])
+def test_no_program_is_found_in_the_working_directory(
+    search: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a PATH, whatever lay in the container's working directory was run."""
+    (tmp_path / "bin").mkdir()
+    for tool in (tmp_path / "tool", tmp_path / "bin/tool"):
+        tool.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.CommandNotFound, match=r"not found in \$PATH$"):
+        child.find_program("tool", search)
+    assert child.find_program("./tool", search) == b"./tool"
+
+
 def test_errors_have_the_codes_of_their_ancestors() -> None:
     assert errors.rpc_code(errors.CommandNotFound("x")) == 5
     assert errors.rpc_code(ValueError("x")) == 13
