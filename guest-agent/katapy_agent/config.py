@@ -1,9 +1,9 @@
 """The container's configuration: config.json of the OCI runtime specification 1.2, for Linux, as frozen dataclasses.
 
 The host has checked the document and rewritten its paths; it is checked again here, once, and nothing half-parsed
-travels further. Fields that are only the host's (hooks that run there, cgroupsPath, annotations) are accepted. Every
-other field that katapy does not honour is refused by name: it is simply absent here. What a type cannot say about
-one field is refused in its class; what takes knowledge of the kernel (mount options, syscalls) in that module.
+travels further. Fields that are only the host's (hooks that run there, cgroupsPath, annotations) are accepted. What
+the specification has and katapy does not honour is in REFUSED of its class. What a type cannot say about one field is
+refused in its class, too; what takes knowledge of the kernel (mount options, syscalls) in that module.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ class Mount:
     type: str = ""
     source: str = ""
     options: tuple[str, ...] = ()
+
+    REFUSED: ClassVar = ("gidMappings", "uidMappings")
 
     def __post_init__(self) -> None:
         if not self.destination:
@@ -219,6 +221,8 @@ class Process:
     apparmor_profile: str = ""
     selinux_label: str = ""
 
+    REFUSED: ClassVar = ("execCPUAffinity",)
+
     def __post_init__(self) -> None:
         _absolute("cwd", self.cwd)
         if not self.args:
@@ -311,6 +315,8 @@ class Seccomp:
     flags: tuple[str, ...] = ()
     syscalls: tuple[SeccompSyscall, ...] = ()
 
+    REFUSED: ClassVar = ("listenerMetadata", "listenerPath")
+
 
 @dataclass(frozen=True)
 class Personality:
@@ -319,6 +325,7 @@ class Personality:
     domain: str
 
     DOMAINS: ClassVar = {"LINUX": 0, "LINUX32": 8}
+    REFUSED: ClassVar = ("flags",)
 
     def __post_init__(self) -> None:
         _one_of("domain", self.domain, self.DOMAINS)
@@ -341,6 +348,8 @@ class Linux:
     readonly_paths: tuple[str, ...] = ()
     personality: Personality | None = None
     time_offsets: Mapping[str, TimeOffset] = field(default_factory=dict)
+
+    REFUSED: ClassVar = ("intelRdt", "memoryPolicy", "mountLabel", "netDevices")
 
     def __post_init__(self) -> None:
         for path in (*self.masked_paths, *self.readonly_paths):
@@ -407,23 +416,9 @@ def sysctl_path(name: str) -> str:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Hooks that the host runs; a startContainer hook would run in the guest and is refused."""
+    """Hooks are the host's; only a startContainer hook would run in the guest, and is refused."""
 
-    prestart: tuple[Hook, ...] = ()
-    create_runtime: tuple[Hook, ...] = ()
-    create_container: tuple[Hook, ...] = ()
-    poststart: tuple[Hook, ...] = ()
-    poststop: tuple[Hook, ...] = ()
-
-
-@dataclass(frozen=True)
-class Hook:
-    """A program that the host runs; known here only so that its fields are not refused."""
-
-    path: str
-    args: tuple[str, ...] = ()
-    env: tuple[str, ...] = ()
-    timeout: _I64 | None = None
+    REFUSED: ClassVar = ("startContainer",)
 
 
 @dataclass(frozen=True)
@@ -439,6 +434,8 @@ class Spec:
     mounts: tuple[Mount, ...] = ()
     hooks: Hooks = Hooks()
     annotations: Mapping[str, str] = field(default_factory=dict)
+
+    REFUSED: ClassVar = ("vm",)
 
     def __post_init__(self) -> None:
         if not _VERSION.fullmatch(self.oci_version):

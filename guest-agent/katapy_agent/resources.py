@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Final
+from typing import Annotated, ClassVar, Final
 
 from katapy_agent.errors import InvalidArgument, Unsupported
 from katapy_agent.schema import Range
@@ -105,6 +105,8 @@ class WeightDevice:
     minor: _U32
     weight: Annotated[int, Range(10, 1000)]
 
+    REFUSED: ClassVar = ("leafWeight",)
+
 
 @dataclass(frozen=True)
 class ThrottleDevice:
@@ -125,6 +127,8 @@ class BlockIO:
     throttle_write_bps_device: tuple[ThrottleDevice, ...] = ()
     throttle_read_iops_device: tuple[ThrottleDevice, ...] = ()
     throttle_write_iops_device: tuple[ThrottleDevice, ...] = ()
+
+    REFUSED: ClassVar = ("leafWeight",)
 
     def __post_init__(self) -> None:
         if 0 < self.weight < 10:
@@ -154,6 +158,8 @@ class Resources:
     block_io: BlockIO = BlockIO()
     hugepage_limits: tuple[HugepageLimit, ...] = ()
     unified: Mapping[str, str] = field(default_factory=dict)
+
+    REFUSED: ClassVar = ("network", "rdma")
 
     def __post_init__(self) -> None:
         for name in self.unified:

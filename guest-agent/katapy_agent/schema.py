@@ -3,7 +3,9 @@
 It owns the rules that hold for every JSON document: UTF-8 only, no duplicate key, no NaN, no endless number, nothing
 nested too deep, a bool is no number, a string holds no NUL and no half surrogate pair. Which fields there are and
 what they may hold is said by the dataclasses themselves (``config``); their ``__post_init__`` refuses what a type
-cannot. A key that a dataclass does not have is refused by name, unless its value is empty and so asks for nothing.
+cannot. A key that a dataclass does not have is ignored, as the runtime specification demands of one that it does not
+know. Those that it knows and katapy does not honour are in the dataclass's REFUSED: they are refused by name, unless
+the value is empty and so asks for nothing.
 """
 
 from __future__ import annotations
@@ -184,6 +186,7 @@ def _key(name: str) -> str:
 def _record(cls: Any) -> _Decoder:
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {_key(field.name): (field.name, decoder(hints[field.name])) for field in dataclasses.fields(cls)}
+    refused = frozenset(getattr(cls, "REFUSED", ()))
     required = {
         _key(field.name)
         for field in dataclasses.fields(cls)
@@ -200,8 +203,8 @@ def _record(cls: Any) -> _Decoder:
                 name, decode_item = fields[key]
                 if item is not None or key in required:
                     made[name] = decode_item(item, prefix + key)
-            elif item is not None and item not in ("", [], {}):
-                raise Unsupported(f"{prefix}{key[:64]} is not supported")
+            elif item and key in refused:
+                raise Unsupported(f"{prefix}{key} is not supported")
         if missing := required - value.keys():
             raise InvalidArgument(f"{prefix}{min(missing)} is missing")
         try:

@@ -99,7 +99,6 @@ def test_wrong_values_are_refused_by_name(path: str, value: object, words: str) 
     ("path", "value", "words"),
     [
         ("ociVersion", "2.0.0", "ociVersion"),
-        ("windows", {"x": 1}, "windows is not supported"),
         ("vm", {"hypervisor": {"path": "/x"}}, "vm is not supported"),
         ("hooks", {"startContainer": [{"path": "/x"}]}, "hooks.startContainer is not supported"),
         ("process.apparmorProfile", "docker-default", "process.apparmorProfile 'docker-default'"),
@@ -107,11 +106,18 @@ def test_wrong_values_are_refused_by_name(path: str, value: object, words: str) 
         ("process.execCPUAffinity", {"initial": "0"}, "process.execCPUAffinity is not supported"),
         ("linux.intelRdt", {"closID": "x"}, "linux.intelRdt is not supported"),
         ("linux.netDevices", {"eth0": {"name": "x"}}, "linux.netDevices is not supported"),
+        ("linux.memoryPolicy", {"mode": "MPOL_BIND"}, "linux.memoryPolicy is not supported"),
         ("linux.mountLabel", "x", "linux.mountLabel is not supported"),
+        ("linux.personality", {"domain": "LINUX", "flags": ["x"]}, "linux.personality.flags is not supported"),
         ("linux.seccomp", {"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/x"}, "linux.seccomp.listenerPath"),
         ("linux.resources", {"network": {"classID": 1}}, "linux.resources.network is not supported"),
         ("linux.resources", {"rdma": {"mlx": {}}}, "linux.resources.rdma is not supported"),
         ("linux.resources", {"blockIO": {"leafWeight": 10}}, "linux.resources.blockIO.leafWeight"),
+        (
+            "linux.resources",
+            {"blockIO": {"weightDevice": [{"major": 8, "minor": 0, "weight": 10, "leafWeight": 10}]}},
+            r"linux.resources.blockIO.weightDevice\[0\].leafWeight",
+        ),
         ("linux.resources", {"memory": {"swappiness": 1}}, "linux.resources.memory.swappiness"),
         ("linux.resources", {"memory": {"kernel": 1}}, "linux.resources.memory.kernel"),
         ("linux.resources", {"memory": {"disableOOMKiller": True}}, "disableOOMKiller"),
@@ -143,6 +149,14 @@ def test_what_is_not_honoured_is_refused_by_name(path: str, value: object, words
 )
 def test_what_asks_for_nothing_is_accepted(path: str, value: object) -> None:
     parse(path, value)
+
+
+@pytest.mark.parametrize(
+    "path", ["new", "windows", "root.new", "process.new", "process.user.username", "linux.new", "linux.resources.new"]
+)
+def test_what_the_specification_does_not_know_is_ignored(path: str) -> None:
+    """It MUST NOT be an error, and was: a document written for a later version was refused after the boot."""
+    parse(path, {"x": [1]})
 
 
 def test_plan_survives_json_unchanged() -> None:
