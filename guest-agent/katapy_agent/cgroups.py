@@ -26,6 +26,9 @@ NO_LIMIT: Final = 2**64 - 1
 _PARENT: Final = "katapy"
 _NAME: Final = re.compile(r"(?!\.)[A-Za-z0-9_.+-]{1,200}")
 _REMOVE_SECONDS: Final = 10.0
+# Of the cgroups that a container makes itself: room for an init system or for containers in it.
+_NESTED: Final = (("cgroup.max.depth", "32"), ("cgroup.max.descendants", "1024"))
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ class Cgroup:
         cgroup = cls(parent / name)
         with contextlib.ExitStack() as undo:
             undo.callback(cgroup.remove)
-            for file, value in limits:
+            for file, value in (*_NESTED, *limits):
                 cgroup._set(file, value)
             cgroup._attach(program)
             undo.pop_all()
@@ -208,12 +211,14 @@ class Cgroup:
 
     def pids(self) -> list[int]:
         """Return the processes in the leaf and in cgroups that the container made below it."""
-        found: list[int] = []
-        for directory in self._directories():
-            # A cgroup may go away between the listing and the reading.
+        found: set[int] = set()
+        for parent, name in self._walk():
+            # A cgroup may go away between the listing and the reading, and a threaded one has no such list.
             with contextlib.suppress(OSError):
-                found += map(int, (directory / "cgroup.procs").read_text().split())
-        return sorted(set(found))
+                fd = os.open(f"{name}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=parent)
+                with os.fdopen(fd) as procs:
+                    found.update(map(int, procs.read().split()))
+        return sorted(found)
 
     def kill(self) -> None:
         """Send SIGKILL to every process in the leaf and below it, at once. Does nothing when it is gone."""
@@ -229,9 +234,9 @@ class Cgroup:
             return
         self._wait_empty(timeout)
         with doing(f"remove cgroup {self.path.name}"):
-            for directory in reversed(self._directories()):
+            for parent, name in self._walk():
                 with contextlib.suppress(FileNotFoundError):
-                    directory.rmdir()
+                    os.rmdir(name, dir_fd=parent)
 
     def stats(self) -> Stats:
         """Return what the container has used."""
@@ -273,9 +278,27 @@ class Cgroup:
                 poll.poll(left * 1000)
                 events.seek(0)
 
-    def _directories(self) -> list[Path]:
-        """Return the leaf and all cgroups below it, parents first."""
-        return [Path(directory) for directory, _, _ in os.walk(self.path)]
+    def _walk(self) -> Iterator[tuple[int, str]]:
+        """Yield all cgroups below the leaf and then itself, children first: a descriptor of the parent, and the name.
+
+        Neither recursive nor by paths: how deep a container nests its cgroups, and how it calls them, is its choice.
+        """
+        # From the leaf's parent down: an open directory, and the names in it that are still to come.
+        way = [(os.open(self.path.parent, _DIRECTORY), [self.path.name])]
+        try:
+            while way:
+                directory, names = way[-1]
+                if not names:
+                    os.close(way.pop()[0])
+                    if way:
+                        yield way[-1][0], way[-1][1].pop()
+                elif below := _open_cgroup(directory, names[-1]):
+                    way.append(below)
+                else:
+                    names.pop()
+        finally:
+            for directory, _ in way:
+                os.close(directory)
 
     def _cpu(self) -> CpuStats:
         table = self._table("cpu.stat")
@@ -330,6 +353,18 @@ class Cgroup:
 
     def _table(self, file: str) -> dict[str, int]:
         return {key: int(value) for key, _, value in (line.partition(" ") for line in self._read(file).splitlines())}
+
+
+def _open_cgroup(parent: int, name: str) -> tuple[int, list[str]] | None:
+    """Open a cgroup and return it with the names of those in it; None when it is gone."""
+    with contextlib.ExitStack() as undo, contextlib.suppress(FileNotFoundError):
+        directory = os.open(name, _DIRECTORY, dir_fd=parent)
+        undo.callback(os.close, directory)
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        undo.pop_all()
+        return directory, names
+    return None
 
 
 def _io_weight(value: str) -> str:

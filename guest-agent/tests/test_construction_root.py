@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import struct
+import subprocess
 import termios
 from collections.abc import Callable, Iterator
 from fcntl import ioctl
@@ -710,6 +711,27 @@ def test_cgroup_is_waited_for_and_removed(cgroup2: Path) -> None:
     cgroup.kill()
 
 
+@pytest.mark.parametrize(("name", "levels"), [("d", 1100), ("n" * 255, 20)])
+def test_nested_cgroups_are_found_and_removed(cgroup2: Path, name: str, levels: int) -> None:
+    """A container that nested a thousand of them could not be removed: os.walk is recursive, and a path has an end."""
+    directory = os.open(cgroup2, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=directory)
+        below = os.open(name, os.O_RDONLY, dir_fd=directory)
+        os.close(directory)
+        directory = below
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        procs = os.open("cgroup.procs", os.O_WRONLY, dir_fd=directory)
+        os.write(procs, str(sleeper.pid).encode())
+        cgroup = cgroups.Cgroup(cgroup2)
+        assert cgroup.pids() == [sleeper.pid]
+        cgroup.kill()
+    cgroup.remove()
+    assert not cgroup2.exists()
+    for fd in (directory, procs):
+        os.close(fd)
+
+
 def resources(**values: object) -> Resources:
     return schema.decode(Resources, values)
 
@@ -723,6 +745,8 @@ def test_cgroup_is_made_once_and_removed() -> None:
             cgroups.Cgroup.create(name, Resources(), root=hierarchy)
         assert opens_in(cgroup.path, [("/dev/null", os.O_RDWR), ("/dev/kmsg", os.O_RDONLY)]) == [True, False]
         assert cgroup.stats().pids.current in (0, 1)
+        nested = [(cgroup.path / f"cgroup.max.{name}").read_text().strip() for name in ("depth", "descendants")]
+        assert nested == ["32", "1024"]
     finally:
         cgroup.remove()
         (hierarchy / "katapy").rmdir()
