@@ -1,13 +1,13 @@
 """One cgroup v2 leaf per container: limits, device program, processes, statistics, end.
 
 It owns /sys/fs/cgroup/katapy and everything below it, and says the specification's v1 words in v2 (the conversions
-are runc's, so that a number means the same there and here). The cgroup hierarchy itself is mounted by init; joining
-a leaf is ``child``'s.
+are runc's, so that a number means the same there and here). The cgroup hierarchy itself is mounted by init.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import select
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from katapy_agent import devices, linux
-from katapy_agent.errors import InvalidArgument, Timeout, Unsupported, doing
+from katapy_agent.errors import InvalidArgument, InvalidState, Timeout, Unsupported, doing
 from katapy_agent.resources import CPU, BlockIO, Memory, Resources, ThrottleDevice
 
 ROOT: Final = Path("/sys/fs/cgroup")
@@ -353,6 +353,45 @@ class Cgroup:
 
     def _table(self, file: str) -> dict[str, int]:
         return {key: int(value) for key, _, value in (line.partition(" ") for line in self._read(file).splitlines())}
+
+
+def enter(leaf: str, *, beside: int | None = None) -> None:
+    """Move this process into the cgroup ``leaf``, or into the one below it that the process ``beside`` is in.
+
+    The latter where the container has given controllers to cgroups of its own: then the kernel lets no process into
+    the leaf itself (cgroups(7), "no internal processes"). So does runc. Raises KatapyError.
+    """
+    with doing(f"enter cgroup {leaf}"), contextlib.ExitStack() as stack:
+        directory = os.open(leaf, _DIRECTORY)
+        stack.callback(os.close, directory)
+        try:
+            _enter(directory, "cgroup.procs")
+        except OSError as error:
+            if beside is None or error.errno != errno.EBUSY:
+                raise
+            membership = os.fsdecode(Path(f"/proc/{beside}/cgroup").read_bytes())
+            _enter(directory, f"{find_below(leaf, membership)}/cgroup.procs")
+
+
+def find_below(leaf: str, membership: str) -> str:
+    """Return where below ``leaf`` the process is whose /proc/<pid>/cgroup reads ``membership``; "." is the leaf itself.
+
+    The names are the container's choice. Raises InvalidState when it is somewhere else.
+    """
+    prefix = f"0::/{_PARENT}/{os.path.basename(leaf)}"
+    for line in membership.split("\n"):
+        if line == prefix or line.startswith(f"{prefix}/"):
+            return line.removeprefix(prefix).removeprefix("/") or "."
+    raise InvalidState(f"the container's init is not below cgroup {leaf}")
+
+
+def _enter(leaf: int, procs: str) -> None:
+    resolve = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_XDEV
+    fd = linux.openat2(leaf, procs, os.O_WRONLY, resolve=resolve)
+    try:
+        os.write(fd, b"0")
+    finally:
+        os.close(fd)
 
 
 def _open_cgroup(parent: int, name: str) -> tuple[int, list[str]] | None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Final, NoReturn
 
-from katapy_agent import linux, mounts, namespaces, privileges, rootfs, schema, seccomp, terminal
+from katapy_agent import cgroups, linux, mounts, namespaces, privileges, rootfs, schema, seccomp, terminal
 from katapy_agent.config import NamespaceType, Personality, Process, Spec
 from katapy_agent.errors import (
     CommandNotExecutable,
@@ -201,7 +201,8 @@ def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...])
     process = spec.process
     assert process is not None
     # With the VM's privileges, in the VM's namespaces.
-    _prepare(plan.cgroup, process, streams, spec.linux.host_uid(process.user.uid))
+    cgroups.enter(plan.cgroup)
+    _prepare(process, streams, spec.linux.host_uid(process.user.uid))
     sources = rootfs.open_sources(spec)
     namespaces.write_sysctls(sources.proc_sys, spec.linux.sysctl, network=True)
     namespaces.enter(spec.linux.namespaces, spec.linux.uid_mappings, spec.linux.gid_mappings, spec.linux.time_offsets)
@@ -227,7 +228,8 @@ def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...])
 
 
 def _join_container(plan: ExecPlan, channel: Channel, streams: tuple[int, ...]) -> NoReturn:
-    _prepare(plan.cgroup, plan.process, streams, plan.stdio_uid)
+    cgroups.enter(plan.cgroup, beside=plan.pid)
+    _prepare(plan.process, streams, plan.stdio_uid)
     namespaces.join(plan.pid, [NamespaceType(name) for name in plan.namespaces])
     _fork(channel)
     if plan.terminal:
@@ -236,12 +238,8 @@ def _join_container(plan: ExecPlan, channel: Channel, streams: tuple[int, ...]) 
     _execute(plan.process, channel, streams, plan.terminal, plan.filter, plan.personality)
 
 
-def _prepare(cgroup: str, process: Process, streams: tuple[int, ...], stdio_uid: int | None) -> None:
-    """Do what takes the VM's privileges: enter the cgroup, lower the OOM score, raise hard limits, give the pipes."""
-    with doing(f"enter cgroup {cgroup}"):
-        procs = os.open(f"{cgroup}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
-        with mounts.closing(procs):
-            os.write(procs, b"0")
+def _prepare(process: Process, streams: tuple[int, ...], stdio_uid: int | None) -> None:
+    """Do what takes the VM's privileges: lower the OOM score, raise hard limits, give the pipes to the user."""
     if process.oom_score_adj is not None:
         privileges.set_oom_score_adj(process.oom_score_adj)
     privileges.raise_hard_limits(process.rlimits)

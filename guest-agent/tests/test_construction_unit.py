@@ -359,6 +359,26 @@ def test_cgroup_names(name: str, tmp_path: Path) -> None:
         cgroups.Cgroup.create(name, resources.Resources(), root=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("membership", "place"),
+    [
+        ("1:cpu:/x\n0::/katapy/c1\n", "."),
+        ("0::/katapy/c1/init\n", "init"),
+        ("0::/katapy/c1/a b/0::/katapy/c2/\x0b\u2028\udcff\n", "a b/0::/katapy/c2/\x0b\u2028\udcff"),
+        ("0::/katapy/c11/x\n", None),
+        ("0::/../..\n", None),
+        ("0::/\n", None),
+        ("", None),
+    ],
+)
+def test_where_init_is_below_its_leaf(membership: str, place: str | None) -> None:
+    if place is not None:
+        assert cgroups.find_below("/sys/fs/cgroup/katapy/c1", membership) == place
+        return
+    with pytest.raises(errors.InvalidState, match="not below cgroup"):
+        cgroups.find_below("/sys/fs/cgroup/katapy/c1", membership)
+
+
 # -- device program -------------------------------------------------------------------------------------------------
 
 

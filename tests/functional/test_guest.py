@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
-from harness import Katapy, MakeBundle, make_busybox
+from harness import DEADLINE, Katapy, MakeBundle, make_busybox
 
 
 def sh(script: str) -> list[str]:
@@ -32,3 +33,23 @@ def test_setuid_programs(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> 
     script = "id -u; /bin/su -c 'id -u'; /volume/su -c 'id -u'; /nosuid/su -c 'id -u' || echo refused"
     done = katapy("run", "--bundle", bundle(sh(script), rootfs=rootfs, edit=edit), "c1")
     assert done.stdout.split() == [b"1000", b"0", b"0", b"refused"], done.stderr
+
+
+def test_exec_beside_cgroups_of_the_container(katapy: Katapy, bundle: MakeBundle) -> None:
+    """An init system in the container moves everything into cgroups below; the kernel keeps exec out of the leaf."""
+
+    def edit(spec: dict[str, Any]) -> None:
+        mount = next(mount for mount in spec["mounts"] if mount["destination"] == "/sys/fs/cgroup")
+        mount["options"].remove("ro")
+
+    script = """
+        cd /sys/fs/cgroup && mkdir -p init/it && echo 0 > init/it/cgroup.procs && echo +pids > cgroup.subtree_control
+        echo up; sleep 1000
+    """
+    with katapy.start("run", "--bundle", bundle(sh(script), edit=edit), "c1", stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"up\n"
+        done = katapy("exec", "c1", "cat", "/proc/self/cgroup")
+        katapy("kill", "c1", "KILL", check=True)
+        process.wait(DEADLINE)
+    assert done.stdout == b"0::/init/it\n", done.stderr
