@@ -294,17 +294,16 @@ def _execute(
         privileges.set_io_priority(process.io_priority)
     if process.no_new_privileges:
         privileges.set_no_new_privileges()
-    elif filter_:
-        # Without no_new_privs this takes CAP_SYS_ADMIN, which is about to go.
-        privileges.load_filter(program, filter_.flags)
-    privileges.switch_user(process.user, process.capabilities, process.cwd)
+    # Without no_new_privs loading a filter takes this capability. execve(2) works the sets out anew, without it.
+    kept = ("CAP_SYS_ADMIN",) if filter_ and not process.no_new_privileges else ()
+    privileges.switch_user(process.user, process.capabilities, process.cwd, kept=kept)
     # After what needs descriptors and memory; hard limits were raised at the very beginning.
     privileges.set_limits(process.rlimits)
     path = find_program(process.args[0], environment.get(b"PATH", b""))
     _reset_signals()
     linux.close_range_cloexec(3)
     channel.wait_for_start()
-    if filter_ and process.no_new_privileges:
+    if filter_:
         # As late as can be, so that the filter need allow nothing but the program's own calls.
         privileges.load_filter(program, filter_.flags)
     try:

@@ -99,11 +99,11 @@ def give_streams(streams: Sequence[int], uid: int) -> None:
             os.fchown(fd, uid, -1)
 
 
-def switch_user(user: User, capabilities: Capabilities | None, cwd: str) -> None:
+def switch_user(user: User, capabilities: Capabilities | None, cwd: str, *, kept: tuple[str, ...] = ()) -> None:
     """Become the user, in the working directory, with exactly these capabilities; None is none at all.
 
-    The directory is entered as root where the user may not but as the user where only it may (a network file
-    system), as in runc.
+    Until it executes its program this process has those in ``kept``, too. The directory is entered as root where the
+    user may not but as the user where only it may (a network file system), as in runc.
     """
     sets = capabilities or Capabilities()
     mask = Capabilities.mask
@@ -123,7 +123,8 @@ def switch_user(user: User, capabilities: Capabilities | None, cwd: str) -> None
         with doing(f"enter the working directory {cwd}"):
             _enter(cwd)
     with doing("set capabilities"):
-        linux.capset(mask(sets.effective), mask(sets.permitted), mask(sets.inheritable))
+        more = mask(kept)
+        linux.capset(mask(sets.effective) | more, mask(sets.permitted) | more, mask(sets.inheritable))
         linux.prctl(linux.PR_CAP_AMBIENT, linux.PR_CAP_AMBIENT_CLEAR_ALL)
         # The kernel has no ambient capability that is not permitted and inheritable. `runc spec` writes such ones,
         # and runc passes over them.
