@@ -2,7 +2,8 @@
 
 Compiling and loading are apart: the agent compiles (and remembers the last few, for a pod's containers share theirs),
 the container's process loads with one system call, so that a narrow filter cannot cut down what surrounds its loading.
-As in runc, unknown system call names are skipped: a profile names those of many kernels and architectures.
+As in runc, unknown system call names are skipped: a profile names those of many kernels and architectures. And as in
+runc, calls newer than all that a profile names do not exist for the program, whatever libseccomp makes of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import errno
 import functools
 import os
+import struct
 from typing import Final
 
 from katapy_agent import linux
@@ -42,6 +44,17 @@ _FLAGS: Final = {
     "SECCOMP_FILTER_FLAG_SPEC_ALLOW": linux.SECCOMP_FILTER_FLAG_SPEC_ALLOW,
 }
 _NR_ERROR: Final = -1
+_ERRNO: Final = _ACTIONS_WITH_NUMBER["SCMP_ACT_ERRNO"]
+
+# linux/filter.h, and where struct seccomp_data has the number of the system call and the architecture
+_LOAD: Final = 0x20
+_JUMP_IF_EQUAL: Final = 0x15
+_JUMP_IF_GREATER: Final = 0x25
+_JUMP_IF_NOT_LESS: Final = 0x35
+_RETURN: Final = 0x06
+_NUMBER, _ARCHITECTURE = 0, 4
+# From here on are the system calls of x32, whose architecture is that of x86-64.
+_X32: Final = 0x40000000
 
 
 class _Comparison(ctypes.Structure):
@@ -57,6 +70,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL("libseccomp.so.2")
     library.seccomp_init.restype = ctypes.c_void_p
     library.seccomp_arch_resolve_name.restype = ctypes.c_uint32
+    library.seccomp_arch_native.restype = ctypes.c_uint32
     return library
 
 
@@ -72,11 +86,16 @@ def compile_filter(profile: Seccomp) -> bytes:
     if not context:
         raise InvalidArgument(f"seccomp defaultAction {profile.default_action!r} is refused by libseccomp")
     try:
+        # The native architecture is there from the start.
+        architectures = {int(library.seccomp_arch_native())}
         for name in profile.architectures:
-            _add_architecture(library, context, name)
+            architectures.add(_add_architecture(library, context, name))
         for rule in profile.syscalls:
             _add_rule(library, context, rule, default)
-        return _export(library, context)
+        program = _export(library, context)
+        if default & ~0xFFFF == _ERRNO and default != _ERRNO | errno.ENOSYS:
+            program = _assemble_stub(_newest_calls(library, profile, architectures)) + program
+        return program
     finally:
         library.seccomp_release(context)
 
@@ -99,12 +118,12 @@ def _action(name: str, number: int | None) -> int:
     return _ACTIONS[name]
 
 
-def _add_architecture(library: ctypes.CDLL, context: ctypes.c_void_p, name: str) -> None:
+def _add_architecture(library: ctypes.CDLL, context: ctypes.c_void_p, name: str) -> int:
     token = library.seccomp_arch_resolve_name(name.removeprefix("SCMP_ARCH_").lower().encode())
     if not token:
         raise InvalidArgument(f"seccomp architecture {name[:64]!r} is unknown")
-    # The native architecture is there from the start.
     _check(library.seccomp_arch_add(context, ctypes.c_uint32(token)), f"architecture {name}", errno.EEXIST)
+    return int(token)
 
 
 def _add_rule(library: ctypes.CDLL, context: ctypes.c_void_p, rule: SeccompSyscall, default: int) -> None:
@@ -123,6 +142,37 @@ def _add_rule(library: ctypes.CDLL, context: ctypes.c_void_p, rule: SeccompSysca
             array = (_Comparison * len(each))(*each)
             code = library.seccomp_rule_add_array(context, ctypes.c_uint32(action), number, len(each), array)
             _check(code, f"rule for {name}")
+
+
+def _newest_calls(library: ctypes.CDLL, profile: Seccomp, architectures: set[int]) -> dict[int, int]:
+    """Return the highest number of a system call that the profile names, for each architecture that has one."""
+    names = {name.encode() for rule in profile.syscalls for name in rule.names}
+    resolve = library.seccomp_syscall_resolve_name_arch
+    newest = {
+        token: max((resolve(ctypes.c_uint32(token), name) for name in names), default=-1) for token in architectures
+    }
+    return {token: number for token, number in newest.items() if number >= 0}
+
+
+def _assemble_stub(newest: dict[int, int]) -> bytes:
+    """Return instructions, to be put before a filter, that answer ENOSYS to all calls above these numbers.
+
+    A program, or its C library, then falls back on older calls. At the EPERM of the filter it would give up.
+    """
+    stub = [_instruction(_LOAD, _ARCHITECTURE)]
+    for left, (token, number) in zip(range(len(newest) - 1, -1, -1), newest.items(), strict=True):
+        stub += [
+            _instruction(_JUMP_IF_EQUAL, token, otherwise=4),
+            _instruction(_LOAD, _NUMBER),
+            _instruction(_JUMP_IF_NOT_LESS, _X32, then=2 + 5 * left),
+            _instruction(_JUMP_IF_GREATER, number, otherwise=1 + 5 * left),
+            _instruction(_RETURN, _ERRNO | errno.ENOSYS),
+        ]
+    return b"".join(stub)
+
+
+def _instruction(code: int, value: int, *, then: int = 0, otherwise: int = 0) -> bytes:
+    return struct.pack("=HBBI", code, then, otherwise, value)
 
 
 def _comparison(index: int, op: str, value: int, value_two: int) -> _Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 from container_lab import Lab, open_lab
-from katapy_agent import cgroups, devices, errors, linux, schema
+from katapy_agent import cgroups, config, devices, errors, linux, schema, seccomp
 from katapy_agent.resources import DeviceRule, Resources
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
@@ -563,6 +564,42 @@ def test_narrow_filter_still_lets_the_program_start(lab: Lab, default: Document,
     container = lab.create(lab.spec(both(linux_part(seccomp=seccomp), changed)))
     container.start()
     assert container.finish() == (0, "content")
+
+
+def errnos_under(program: bytes, *numbers: int) -> list[int]:
+    """Load a filter in a child and return the errno of each system call, made without arguments; 0 is success."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        call = ctypes.CDLL(None, use_errno=True).syscall
+        linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+        linux.seccomp_load(program, 0)
+        answers = [ctypes.get_errno() if call(number, 0, 0, 0, 0, 0, 0) < 0 else 0 for number in numbers]
+        os.write(writing, json.dumps(answers).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        found: list[int] = json.loads(answer.read())
+    os.waitpid(pid, 0)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, [0, errno.EPERM, errno.EPERM, errno.ENOSYS, errno.ENOSYS]),
+        ({"defaultErrnoRet": 95}, [0, 95, 95, errno.ENOSYS, errno.ENOSYS]),
+        ({"architectures": ["SCMP_ARCH_X86", "SCMP_ARCH_X86_64"]}, [0, errno.EPERM, errno.EPERM, *[errno.ENOSYS] * 2]),
+        ({"architectures": ["SCMP_ARCH_AARCH64"]}, [0, errno.EPERM, errno.EPERM, errno.ENOSYS, errno.ENOSYS]),
+    ],
+)
+def test_newer_calls_do_not_exist(values: Document, expected: list[int]) -> None:
+    """They got the EPERM of the profile's default, at which a C library does not fall back on older calls."""
+    names = ["getuid", "write", "exit_group", "mmap", "munmap", "brk", "futex", "clone3"]
+    document = {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": names, "action": "SCMP_ACT_ALLOW"}], **values}
+    program = seccomp.compile_filter(schema.decode(config.Seccomp, document))
+    # getuid is allowed, getpid and pidfd_open are not, close_range is after clone3, and 4000 is nowhere.
+    assert errnos_under(program, 102, 39, 434, 436, 4000) == expected
 
 
 @pytest.mark.parametrize("uid", [0, 1000])
