@@ -24,7 +24,9 @@ from katapy_agent.resources import CPU, BlockIO, Memory, Resources, ThrottleDevi
 ROOT: Final = Path("/sys/fs/cgroup")
 NO_LIMIT: Final = 2**64 - 1
 _PARENT: Final = "katapy"
-_NAME: Final = re.compile(r"(?!\.)[A-Za-z0-9_.+-]{1,200}")
+# A container may be called cgroup.procs.
+_PREFIX: Final = "container-"
+_NAME: Final = re.compile(r"[A-Za-z0-9_.+-]{1,200}")
 _REMOVE_SECONDS: Final = 10.0
 # Of the cgroups that a container makes itself: room for an init system or for containers in it.
 _NESTED: Final = (("cgroup.max.depth", "32"), ("cgroup.max.descendants", "1024"))
@@ -190,8 +192,9 @@ class Cgroup:
             parent.mkdir(mode=0o755, exist_ok=True)
             _enable_controllers(root)
             _enable_controllers(parent)
-            (parent / name).mkdir(mode=0o755)
-        cgroup = cls(parent / name)
+            path = parent / f"{_PREFIX}{name}"
+            path.mkdir(mode=0o755)
+        cgroup = cls(path)
         with contextlib.ExitStack() as undo:
             undo.callback(cgroup.remove)
             for file, value in (*_NESTED, *limits):

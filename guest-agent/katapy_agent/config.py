@@ -276,7 +276,7 @@ class Device:
     type: str
     major: _DeviceNumber = 0
     minor: _DeviceNumber = 0
-    file_mode: Annotated[int, Range(0, 0o177777)] = 0o666  # bits of the file's type are ignored
+    file_mode: _U32 = 0o666  # bits beyond the permissions are ignored
     uid: _Id = 0
     gid: _Id = 0
 

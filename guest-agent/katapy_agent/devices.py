@@ -31,7 +31,7 @@ DEFAULT_RULES: Final = (
 _ACCESS: Final = {"m": 1, "r": 2, "w": 4}
 _ANY_ACCESS: Final = 7
 _ANY: Final = -1
-_TYPE: Final = {"a": _ANY, "b": 1, "c": 2, "u": 2}
+_TYPE: Final = {"": _ANY, "a": _ANY, "b": 1, "c": 2, "u": 2}
 _CONTEXT_ACCESS_TYPE, _CONTEXT_MAJOR, _CONTEXT_MINOR = 0, 4, 8
 
 _LOAD_WORD: Final = 0x61
@@ -91,7 +91,7 @@ def _block(rule: DeviceRule) -> list[bytes]:
 
 
 def _mask(rule: DeviceRule) -> int:
-    return sum(_ACCESS[letter] for letter in set(rule.access))
+    return sum(_ACCESS[letter] for letter in set(rule.access or "rwm"))
 
 
 def _answer(value: int) -> list[bytes]:

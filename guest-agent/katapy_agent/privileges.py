@@ -17,7 +17,7 @@ from katapy_agent import linux
 from katapy_agent.config import Capabilities, IOPriority, Personality, Rlimit, Scheduler, User
 from katapy_agent.errors import doing
 
-_UNLIMITED: Final = 2**64 - 1
+_LARGEST_LIMIT: Final = 2**63 - 1
 _MAX_PASSWD_BYTES: Final = 1 << 20
 _DEFAULT_UMASK: Final = 0o022
 
@@ -38,21 +38,23 @@ def raise_hard_limits(limits: Sequence[Rlimit]) -> None:
         soft, hard = resource.getrlimit(limit.number)
         if hard != resource.RLIM_INFINITY and limit.hard > hard:
             with doing(f"set {limit.type} to {limit.hard}"):
-                resource.setrlimit(limit.number, (soft, _rlim(limit.hard)))
+                _set_limit(limit.number, soft, limit.hard)
 
 
 def set_limits(limits: Sequence[Rlimit]) -> None:
     """Set the limits (setrlimit(2)). Late, for a low one would hinder what builds the container."""
     for limit in limits:
         with doing(f"set {limit.type} to {limit.soft}:{limit.hard}"):
-            try:
-                resource.setrlimit(limit.number, (_rlim(limit.soft), _rlim(limit.hard)))
-            except ValueError as error:  # how Python reports EPERM and EINVAL here
-                raise OSError(errno.EPERM, os.strerror(errno.EPERM)) from error
+            _set_limit(limit.number, limit.soft, limit.hard)
 
 
-def _rlim(value: int) -> int:
-    return resource.RLIM_INFINITY if value == _UNLIMITED else value
+def _set_limit(number: int, soft: int, hard: int) -> None:
+    # Python takes no larger numbers; to the kernel they are as good as none.
+    limits = [value if value <= _LARGEST_LIMIT else resource.RLIM_INFINITY for value in (soft, hard)]
+    try:
+        resource.setrlimit(number, (limits[0], limits[1]))
+    except ValueError as error:  # how Python reports EPERM and EINVAL here
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM)) from error
 
 
 def set_scheduler(scheduler: Scheduler) -> None:

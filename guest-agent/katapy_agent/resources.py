@@ -26,7 +26,7 @@ _UNIFIED: Final = re.compile(r"(?!cgroup\.)[a-z0-9_]+(\.[A-Za-z0-9_]+)+")
 
 @dataclass(frozen=True)
 class DeviceRule:
-    """A rule of the device cgroup: the last one that matches decides."""
+    """A rule of the device cgroup: the last one that matches decides. An empty type or access is all of them."""
 
     allow: bool
     type: str = "a"
@@ -35,9 +35,9 @@ class DeviceRule:
     access: str = "rwm"
 
     def __post_init__(self) -> None:
-        if self.type not in ("a", "b", "c", "u"):
+        if self.type not in ("", "a", "b", "c", "u"):
             raise InvalidArgument(f"type {self.type[:8]!r} is unknown")
-        if not self.access or set(self.access) - set("rwm"):
+        if set(self.access) - set("rwm"):
             raise InvalidArgument(f"access {self.access[:8]!r} is not made of r, w and m")
 
 

@@ -11,7 +11,7 @@ from katapy_agent.container import Container, Services, State
 from katapy_agent.errors import AlreadyExists, InvalidArgument, InvalidState, NotFound, doing
 from katapy_agent.stdio import Streams
 
-_ID: Final = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]{0,127}")
+_ID: Final = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.+-]{1,128}")  # as the host has it, and runc
 _RESOLV_CONF_MAX: Final = 64 << 10
 _CONTAINERS_MAX: Final = 256
 

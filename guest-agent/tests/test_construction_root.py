@@ -7,6 +7,7 @@ import ctypes
 import errno
 import json
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -470,6 +471,22 @@ def test_limits_and_scheduling(lab: Lab) -> None:
     assert (fields[16], fields[38]) == ("5", "3")  # nice, policy
 
 
+@pytest.mark.parametrize("limit", [2**63, 2**64 - 1])
+def test_limits_beyond_python_s_numbers_are_none(lab: Lab, limit: int) -> None:
+    """A limit of 2^63 was an OverflowError."""
+    rlimits = [{"type": "RLIMIT_CORE", "soft": 7, "hard": limit}, {"type": "RLIMIT_CPU", "soft": limit, "hard": limit}]
+    _, output = lab.run("grep -E 'core|cpu' /proc/1/limits", process(rlimits=rlimits))
+    assert [line.split()[-3:-1] for line in output.splitlines()] == [["unlimited"] * 2, ["7", "unlimited"]]
+
+
+def test_hard_limit_that_the_kernel_refuses(lab: Lab) -> None:
+    """Where it was to be raised with the VM's privileges, it was reported as a bug of katapy's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = {"type": "RLIMIT_NOFILE", "soft": soft, "hard": max(hard, 1 << 40)}
+    with pytest.raises(errors.PermissionDenied, match=r"set RLIMIT_NOFILE to .*: operation not permitted"):
+        lab.create(lab.spec(process(rlimits=[limit])))
+
+
 def test_low_limits_do_not_hinder_construction(lab: Lab) -> None:
     rlimits = [{"type": "RLIMIT_NOFILE", "soft": 4, "hard": 4}, {"type": "RLIMIT_FSIZE", "soft": 0, "hard": 0}]
     assert lab.run("echo fine", process(rlimits=rlimits)) == (0, "fine\n")
@@ -806,6 +823,15 @@ def test_cgroup_is_made_once_and_removed() -> None:
     finally:
         cgroup.remove()
         (hierarchy / "katapy").rmdir()
+
+
+def test_cgroup_of_a_container_with_a_reserved_name() -> None:
+    """The kernel has a file of that name where the leaf was to be."""
+    hierarchy = find_hierarchy()
+    cgroup = cgroups.Cgroup.create("cgroup.procs", Resources(), root=hierarchy)
+    assert cgroup.path.is_dir()
+    cgroup.remove()
+    (hierarchy / "katapy").rmdir()
 
 
 def test_refused_limit_leaves_no_cgroup() -> None:

@@ -35,7 +35,7 @@ NAMESPACES: Final = ("cgroup", "ipc", "mount", "network", "pid", "time", "user",
 # The kernel's upper bound for NR_CPUS and for memory nodes is 8192.
 _LAST_CPU: Final = 8191
 _PROPAGATIONS: Final = ("", *(r + kind for r in ("", "r") for kind in ("private", "shared", "slave", "unbindable")))
-_DEVICE_ID: Final = integer(-1, (1 << 32) - 1)
+_DEVICE_MAX: Final = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class WeightDevice:
 
     major: int
     minor: int
-    weight: int | None
+    weight: int
     leaf_weight: int | None
 
 
@@ -259,7 +259,7 @@ def _time_offset(node: Node) -> TimeOffset:
 def parse_device(node: Node) -> Device:
     """Parse one of ``linux.devices``."""
     kind = node.need("type", one_of(("b", "c", "p", "u")))
-    number = integer(0, (1 << 32) - 1)
+    number = integer(0, _DEVICE_MAX)
     # A FIFO has no numbers; every other node needs them.
     read = node.need if kind != "p" else lambda key, parse: node.get(key, parse, 0)
     return Device(
@@ -323,10 +323,10 @@ def _limit(node: Node) -> int | None:
 
 
 def _device_rule(node: Node) -> DeviceRule:
-    major, minor = (node.get(key, _DEVICE_ID, -1) for key in ("major", "minor"))
+    major, minor = (node.get(key, integer(-1, _DEVICE_MAX), -1) for key in ("major", "minor"))
     return DeviceRule(
         allow=node.need("allow", boolean),
-        type=node.get("type", one_of(("", "a", "b", "c", "u", "p")), "") or "a",
+        type=node.get("type", one_of(("", "a", "b", "c", "u")), "") or "a",
         major=None if major < 0 else major,
         minor=None if minor < 0 else minor,
         access=node.get("access", matching("[rwm]{0,3}", "of the letters r, w and m"), "") or "rwm",
@@ -402,7 +402,8 @@ def _weight_device(node: Node) -> WeightDevice:
     return WeightDevice(
         node.need("major", uint32),
         node.need("minor", uint32),
-        node.get("weight", _weight, None),
+        # The other, leafWeight, has no counterpart in the guest's cgroup v2.
+        node.need("weight", integer(10, 1_000)),
         node.get("leafWeight", _weight, None),
     )
 

@@ -19,7 +19,6 @@ from katapy.oci.node import (
     array,
     boolean,
     identity,
-    int64,
     integer,
     matching,
     one_of,
@@ -230,7 +229,7 @@ def _capabilities(node: Node) -> Capabilities:
 def _rlimits(node: Node) -> tuple[Rlimit, ...]:
     found: dict[str, Rlimit] = {}
     for item in node.items():
-        limit = Rlimit(item.need("type", one_of(RLIMITS)), item.get("soft", uint64, 0), item.get("hard", uint64, 0))
+        limit = Rlimit(item.need("type", one_of(RLIMITS)), item.need("soft", uint64), item.need("hard", uint64))
         if limit.type in found:
             item.fail(f"{limit.type} is given twice")
         if limit.soft > limit.hard:
@@ -252,7 +251,7 @@ def _scheduler(node: Node) -> Scheduler:
 
 
 def _io_priority(node: Node) -> IoPriority:
-    return IoPriority(node.need("class", one_of(_IO_CLASSES)), node.get("priority", int64, 0))
+    return IoPriority(node.need("class", one_of(_IO_CLASSES)), node.get("priority", integer(0, 7), 0))
 
 
 def _merge_user(base: dict[str, Any], user: str | None, additional_gids: Sequence[int]) -> dict[str, Any]:

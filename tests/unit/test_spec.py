@@ -87,7 +87,7 @@ def test_every_linux_member_is_read() -> None:
             "pids": {"limit": 100},
             "blockIO": {
                 "weight": 500,
-                "weightDevice": [{"major": 8, "minor": 0, "weight": 0}],
+                "weightDevice": [{"major": 8, "minor": 0, "weight": 10}],
                 "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 600}],
             },
             "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}],
@@ -129,7 +129,7 @@ def test_every_linux_member_is_read() -> None:
     assert resources.block_io is not None
     assert (resources.memory.limit, resources.memory.swap, resources.memory.reservation) == (1048576, None, None)
     assert (resources.cpu.shares, resources.cpu.vcpus) == (None, 1.5)
-    assert resources.block_io.weight_devices[0].weight is None
+    assert resources.block_io.weight_devices[0].weight == 10
     assert resources.block_io.read_bps[0].rate == 600
     assert resources.pids_limit == 100
     assert (resources.devices[0].major, resources.devices[0].minor) == (1, None)
@@ -259,7 +259,18 @@ def test_versions(version: str) -> None:
             2**64,
             "process.rlimits[0].hard: 18446744073709551616 is not between 0 and 18446744073709551615",
         ),
-        ("process/rlimits/1", {"type": "RLIMIT_NOFILE"}, "process.rlimits[1]: RLIMIT_NOFILE is given twice"),
+        (
+            "process/rlimits/1",
+            {"type": "RLIMIT_NOFILE", "soft": 0, "hard": 0},
+            "process.rlimits[1]: RLIMIT_NOFILE is given twice",
+        ),
+        ("process/rlimits/0/soft", ..., "process.rlimits[0].soft: is missing"),
+        ("process/rlimits/0/hard", ..., "process.rlimits[0].hard: is missing"),
+        (
+            "process/ioPriority",
+            {"class": "IOPRIO_CLASS_BE", "priority": 8},
+            "process.ioPriority.priority: 8 is not between 0 and 7",
+        ),
         (
             "process/capabilities/bounding",
             ["cap_kill"],
@@ -319,6 +330,17 @@ def test_versions(version: str) -> None:
             "linux.devices[0].path: 'dev' is not an absolute path",
         ),
         (
+            "linux/devices",
+            [{"type": "c", "path": "/dev/x", "major": 2**31, "minor": 1}],
+            "linux.devices[0].major: 2147483648 is not between 0 and 2147483647",
+        ),
+        (
+            "linux/resources/devices/0/major",
+            2**31,
+            "linux.resources.devices[0].major: 2147483648 is not between -1 and 2147483647",
+        ),
+        ("linux/resources/devices/0/type", "p", "linux.resources.devices[0].type: 'p' is none of a, b, c, u"),
+        (
             "linux/resources/devices/0/access",
             "rx",
             "linux.resources.devices[0].access: 'rx' is not of the letters r, w and m",
@@ -350,6 +372,11 @@ def test_versions(version: str) -> None:
             "linux.resources.pids.limit: -5 is not between -1 and 9223372036854775807",
         ),
         ("linux/resources/blockIO", {"weight": 5}, "linux.resources.blockIO.weight: 5 is not between 10 and 1000"),
+        (
+            "linux/resources/blockIO",
+            {"weightDevice": [{"major": 8, "minor": 0, "leafWeight": 10}]},
+            "linux.resources.blockIO.weightDevice[0].weight: is missing",
+        ),
         (
             "linux/resources/hugepageLimits",
             [{"pageSize": "../x", "limit": 1}],
