@@ -141,9 +141,9 @@ def _swap(memory: Memory) -> int | None:
     """Return the limit of swap alone: the specification's counts memory and swap together, and 0 is unset."""
     if memory.swap == 0:
         return -1 if memory.limit == -1 else None
-    if memory.swap == -1 or memory.limit == -1:
-        return memory.swap
-    if memory.limit == 0:
+    if memory.swap == -1:
+        return -1
+    if memory.limit <= 0:
         raise InvalidArgument("linux.resources.memory.swap needs a memory limit")
     if memory.swap < memory.limit:
         raise InvalidArgument("linux.resources.memory.swap is below the memory limit, which it includes")

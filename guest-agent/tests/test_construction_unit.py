@@ -276,8 +276,9 @@ def test_memory_and_swap(memory: dict[str, int], files: dict[str, str]) -> None:
     assert limits(memory=memory) == files
 
 
-@pytest.mark.parametrize("memory", [{"swap": 100}, {"limit": 100, "swap": 50}])
+@pytest.mark.parametrize("memory", [{"swap": 100}, {"limit": 100, "swap": 50}, {"limit": -1, "swap": 100}])
 def test_swap_without_sense_is_refused(memory: dict[str, int]) -> None:
+    """Beside a limit of -1 it was written as it stood, though it counts the memory, too; runc refuses it."""
     with pytest.raises(errors.InvalidArgument, match="swap"):
         limits(memory=memory)
 
