@@ -157,10 +157,13 @@ def clone_path(path: str, *, recursive: bool) -> int:
 
 
 def new_filesystem(filesystem: str, *, source: str, attributes: int, data: tuple[tuple[str, str | None], ...]) -> int:
-    """Return a detached mount of a new file system; ``data`` are its options."""
+    """Return a detached mount of a new file system; ``data`` are its options. Raises OSError, naming a wrong option."""
     with closing(linux.fsopen(filesystem)) as context:
         for key, value in (("source", source or filesystem), *data):
-            linux.fsconfig_set(context, key, value)
+            try:
+                linux.fsconfig_set(context, key, value)
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror}: option {key[:64]!r}") from error
         linux.fsconfig_create(context)
         return linux.fsmount(context, attributes)
 

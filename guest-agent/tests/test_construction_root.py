@@ -294,7 +294,8 @@ def test_missing_working_directory_is_made(lab: Lab) -> None:
 
 
 def test_failed_mount_names_itself(lab: Lab) -> None:
-    with pytest.raises(errors.InvalidArgument, match=r"^cannot mount /x: invalid argument$"):
+    """And the option that its file system does not know, which it did not."""
+    with pytest.raises(errors.InvalidArgument, match=r"^cannot mount /x: invalid argument: option 'nonsense'$"):
         lab.create(lab.spec(more_mounts({"destination": "/x", "type": "tmpfs", "options": ["nonsense=1"]})))
     with pytest.raises(errors.NotFound, match=r"^cannot mount /x: open its source /no/such: no such file"):
         lab.create(lab.spec(more_mounts(bind(Path("/no/such"), "/x"))))
