@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Final
 
 from katapy_agent import linux
@@ -114,17 +113,10 @@ def _enter_new_user_namespace(uid_mappings: Sequence[IDMapping], gid_mappings: S
         linux.unshare(linux.CLONE_NEWUSER)
     os.write(entered, b".")
     os.close(entered)
-    _reap(mapper)
+    # The launcher, which ignores SIGCHLD, has reset that for us: the status is not lost.
+    if os.waitpid(mapper, 0)[1]:
+        raise Internal("cannot write the id maps of the user namespace")
     become_root()
-
-
-def _reap(mapper: int) -> None:
-    # The zygote ignores SIGCHLD, and so do we: the kernel reaps the mapper, and its end is all that waitpid tells.
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(mapper, 0)
-    with doing("read the id maps of the user namespace"):
-        if not Path("/proc/self/gid_map").read_text():
-            raise Internal("cannot write the id maps of the user namespace")
 
 
 def _map_lines(mappings: Sequence[IDMapping]) -> str:
