@@ -202,7 +202,9 @@ class Sandbox:
         self._closing = True
         if self._creating:
             for task in self._creating:
-                task.cancel()
+                # Once: another cancellation would interrupt the undoing that the first one began.
+                if not task.cancelling():
+                    task.cancel()
             await asyncio.wait(set(self._creating))
         for container in list(self._containers.values()):
             await self._forget(container)

@@ -113,7 +113,8 @@ class _Connection:
                 while True:
                     await self._read_frame(tasks)
             for task, method in self._requests.values():
-                if not method.finish:
+                # Once: another cancellation would interrupt the undoing that the first one began.
+                if not method.finish and not task.cancelling():
                     task.cancel()
 
     async def _read_frame(self, tasks: asyncio.TaskGroup) -> None:
