@@ -11,6 +11,7 @@ import struct
 from typing import Final
 
 CLONE_NEWNS: Final = 0x00020000
+CLONE_NEWNET: Final = 0x40000000
 
 MS_RDONLY: Final = 0x1
 MS_NOSUID: Final = 0x2

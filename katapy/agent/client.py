@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
@@ -73,9 +73,20 @@ class AgentClient:
         """Mix ``data`` (at most 512 bytes) into the guest's random pool."""
         await self._call("ReseedRandom", agent_pb2.ReseedRandomRequest(data=data))
 
-    async def create_container(self, container_id: str, spec: bytes, stdio: agent_pb2.Stdio) -> int:
-        """Build a container; its init waits for ``start_container``. Returns its pid in the guest."""
-        request = agent_pb2.CreateContainerRequest(container_id=container_id, spec=spec, stdio=stdio)
+    async def create_container(
+        self, container_id: str, spec: bytes, stdio: agent_pb2.Stdio, *, joined: tuple[str, Sequence[str]] = ("", ())
+    ) -> int:
+        """Build a container; its init waits for ``start_container``. Returns its pid in the guest.
+
+        ``joined`` is a container of the pod and the types of its namespaces that the new one shares.
+        """
+        request = agent_pb2.CreateContainerRequest(
+            container_id=container_id,
+            spec=spec,
+            stdio=stdio,
+            joined_container_id=joined[0],
+            joined_namespaces=joined[1],
+        )
         response: agent_pb2.CreateContainerResponse = await self._call("CreateContainer", request)
         return response.pid
 

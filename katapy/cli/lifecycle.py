@@ -6,9 +6,9 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -16,7 +16,8 @@ from katapy.cli import Settings, require_root
 from katapy.errors import InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
-    from katapy.client.pod import Pod
+    from katapy.client.pod import Pod, Streams
+    from katapy.oci.bundle import Bundle
 
 _BUNDLE = click.option(
     "--bundle", "-b", type=click.Path(), default=".", show_default=True, help="Directory of the bundle."
@@ -24,12 +25,19 @@ _BUNDLE = click.option(
 _PID_FILE = click.option(
     "--pid-file", type=click.Path(path_type=Path), help="Write the pid of the container's host process here."
 )
+_CONSOLE_SOCKET = click.option(
+    "--console-socket", type=click.Path(path_type=Path), help="Unix socket that gets the container's terminal."
+)
+_PRESERVE_FDS = click.option("--preserve-fds", type=click.IntRange(min=0), default=0, help="Only 0: see docs/oci.md.")
+_NO_PIVOT = click.option("--no-pivot", is_flag=True, help="Accepted, and of no effect: the root is the VM's own.")
+_NO_NEW_KEYRING = click.option("--no-new-keyring", is_flag=True, help="Accepted, and of no effect: so is the keyring.")
 
 
 @contextmanager
-def _created(settings: Settings, container_id: str, bundle_path: str, *, foreground: bool) -> Iterator[Pod]:
-    """Check everything that came from outside, then create; afterwards ``foreground`` or a failure removes again."""
-    from katapy.cli.progress import Progress
+def _begun(
+    settings: Settings, container_id: str, bundle_path: str, *, foreground: bool
+) -> Iterator[tuple[Pod, Bundle]]:
+    """Check everything that came from outside, then begin a container; a failure leaves nothing of it."""
     from katapy.client.pod import Launch, Pod
     from katapy.oci.bundle import load_bundle
     from katapy.state import check_id
@@ -37,39 +45,114 @@ def _created(settings: Settings, container_id: str, bundle_path: str, *, foregro
     require_root(f"create {container_id!r}" if len(container_id) < 77 else "create a container")
     check_id(container_id)
     bundle = load_bundle(bundle_path)
-    _check_terminal(bundle.spec.process.terminal, foreground=foreground)
     settings.check_config()
-    launch = Launch(settings.root, settings.config_path, settings.debug, foreground)
-    with Progress(f"booting the VM of {container_id}"):
-        pod = Pod.create(launch, container_id, bundle)
-    with pod:
+    with Pod.begin(
+        Launch(settings.root, settings.config_path, settings.debug, foreground), container_id, bundle
+    ) as pod:
         try:
-            if pod.state().accelerator == "tcg":
-                from katapy.cli import emulation
-
-                emulation.warn()
-            yield pod
+            yield pod, bundle
         except BaseException:
             pod.discard()
             raise
-        if foreground:
-            pod.discard()
 
 
-def _check_terminal(terminal: bool, *, foreground: bool) -> None:
-    if terminal and not foreground:
-        raise Unsupported("process.terminal: a detached container cannot have a terminal without a console socket")
-    if terminal and not os.isatty(0):
+def _boot(pod: Pod, bundle: Bundle, container_id: str) -> None:
+    from katapy.cli.progress import Progress
+
+    with Progress(f"booting the VM of {container_id}"):
+        pod.create(bundle)
+    if pod.state().accelerator == "tcg":
+        from katapy.cli import emulation
+
+        emulation.warn()
+
+
+def _create_detached(
+    settings: Settings, container_id: str, bundle_path: str, options: Detached, *, start: bool
+) -> None:
+    """Create a container that a stand-in takes care of on the host, and ``start`` it."""
+    from katapy.client.pod import network_command, write_pid_file
+
+    with _begun(settings, container_id, bundle_path, foreground=False) as (pod, bundle), ExitStack() as undo:
+        terminal = bundle.spec.process.terminal
+        check_console(terminal=terminal, detached=True, socket=options.console_socket)
+        with standard_streams(options.console_socket) as streams:
+            stand_in = pod.stand_in(streams, prefix=network_command(bundle.spec))
+        undo.callback(stand_in.kill)
+        _boot(pod, bundle, container_id)
+        pid = stand_in.attached()
+        undo.pop_all()
+        if start:
+            pod.start()
+        write_pid_file(options.pid_file, pid)
+
+
+class Detached(NamedTuple):
+    """What a container that is left behind is given."""
+
+    console_socket: Path | None
+    pid_file: Path | None
+
+
+def check_console(*, terminal: bool, detached: bool, socket: Path | None) -> None:
+    """Raise InvalidArgument where a terminal is wanted that nobody would hold, or given and not wanted."""
+    if terminal and detached and socket is None:
+        raise InvalidArgument("cannot allocate tty if katapy will detach without setting console socket")
+    if socket is not None and not (terminal and detached):
+        raise InvalidArgument("cannot use console socket if katapy will not detach or allocate tty")
+    if terminal and not detached and not os.isatty(0):
         raise InvalidArgument("process.terminal: standard input is not a terminal; set it to false")
+
+
+def check_preserved(count: int) -> None:
+    """Raise Unsupported for descriptors that were to go into the container."""
+    if count:
+        raise Unsupported(f"--preserve-fds {count}: open files of the host cannot be handed into a virtual machine")
+
+
+@contextmanager
+def standard_streams(console_socket: Path | None) -> Iterator[Streams]:
+    """Yield the descriptors that become a stand-in's standard streams.
+
+    A terminal on standard input stays the caller's: whoever leaves a container behind would not share it with that.
+    """
+    from katapy.client.launch import send_console
+
+    if console_socket is not None:
+        stdin = send_console(console_socket)
+        streams = (stdin, stdin, stdin)
+    else:
+        stdin = os.open(os.devnull, os.O_RDONLY) if os.isatty(0) else os.dup(0)
+        streams = (stdin, 1, 2)
+    try:
+        yield streams
+    finally:
+        os.close(stdin)
 
 
 @click.command("run")
 @_BUNDLE
 @_PID_FILE
+@_CONSOLE_SOCKET
+@_PRESERVE_FDS
+@_NO_PIVOT
+@_NO_NEW_KEYRING
 @click.option("--detach", "-d", is_flag=True, help="Leave it running and return.")
+@click.option("--keep", is_flag=True, help="Do not remove it when it has ended.")
 @click.argument("container_id", metavar="ID")
 @click.pass_obj
-def run(settings: Settings, bundle: str, pid_file: Path | None, detach: bool, container_id: str) -> int:
+def run(
+    settings: Settings,
+    bundle: str,
+    pid_file: Path | None,
+    console_socket: Path | None,
+    preserve_fds: int,
+    no_pivot: bool,  # noqa: ARG001
+    no_new_keyring: bool,  # noqa: ARG001
+    detach: bool,
+    keep: bool,
+    container_id: str,
+) -> int:
     """Run a bundle in a VM of its own.
 
     In the foreground the container's streams and exit status are the command's own, signals reach the container, and
@@ -81,36 +164,51 @@ def run(settings: Settings, bundle: str, pid_file: Path | None, detach: bool, co
       echo hello | katapy run -b ./cat-bundle c1
       katapy run --detach -b ./bundle web && katapy exec web ps
     """
-    from katapy.client.pod import write_pid_file
+    check_preserved(preserve_fds)
+    if detach:
+        _create_detached(settings, container_id, bundle, Detached(console_socket, pid_file), start=True)
+        return 0
+    from katapy.client.pod import enter_network, write_pid_file
 
-    status = 0
-    with _created(settings, container_id, bundle, foreground=not detach) as pod:
-        if detach:
-            pid = pod.stand_in()
-            pod.start()
-            write_pid_file(pid_file, pid)
-        else:
-            write_pid_file(pid_file, os.getpid())
-            status = pod.run_foreground()
+    with _begun(settings, container_id, bundle, foreground=not keep) as (pod, loaded):
+        check_console(terminal=loaded.spec.process.terminal, detached=False, socket=console_socket)
+        enter_network(loaded.spec)
+        control = pod.come_for_streams()
+        _boot(pod, loaded, container_id)
+        write_pid_file(pid_file, os.getpid())
+        status = pod.run_foreground(control)
+        if not keep:
+            pod.discard()
     return status
 
 
 @click.command("create")
 @_BUNDLE
 @_PID_FILE
+@_CONSOLE_SOCKET
+@_PRESERVE_FDS
+@_NO_PIVOT
+@_NO_NEW_KEYRING
 @click.argument("container_id", metavar="ID")
 @click.pass_obj
-def create(settings: Settings, bundle: str, pid_file: Path | None, container_id: str) -> None:
+def create(
+    settings: Settings,
+    bundle: str,
+    pid_file: Path | None,
+    console_socket: Path | None,
+    preserve_fds: int,
+    no_pivot: bool,  # noqa: ARG001
+    no_new_keyring: bool,  # noqa: ARG001
+    container_id: str,
+) -> None:
     """Create a container that waits for `katapy start`.
 
     \b
     Example:
       katapy create --bundle ./bundle web && katapy start web
     """
-    from katapy.client.pod import write_pid_file
-
-    with _created(settings, container_id, bundle, foreground=False) as pod:
-        write_pid_file(pid_file, pod.stand_in())
+    check_preserved(preserve_fds)
+    _create_detached(settings, container_id, bundle, Detached(console_socket, pid_file), start=False)
 
 
 @click.command("start")

@@ -3,7 +3,7 @@
 Client side of the attach protocol, over a SOCK_SEQPACKET connection to the shim's attach.sock (server side:
 shim/attach.py). Every message is one datagram of JSON, at most DATAGRAM_MAX bytes, unknown keys refused:
 
-    client  {"attach": container, "exec": exec or ""}
+    client  {"attach": container, "exec": exec or ""}, which may come before the container is created
     shim    {"terminal": bool, "streams": [names]} with the connected stream sockets in that order (SCM_RIGHTS)
     client  {"signal": number} and {"resize": [columns, rows]}, any number of times
     shim    {"exit": 0..255}
@@ -35,6 +35,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+Control = _socket.socket
 DATAGRAM_MAX = 65536  # bytes
 SHIM_DIED = 137  # as if killed: what engines expect of a container whose supervisor is gone
 _CHUNK = 256 << 10  # bytes; larger than any socket or pipe buffer, so one call empties it
@@ -90,16 +91,20 @@ class Attachment:
             stream.close()
 
 
-def attach(control: _socket.socket, container_id: str, exec_id: str) -> Attachment:
-    """Attach to a process of a container over ``control``, a connection to attach.sock, which is then the result's.
+def announce(control: _socket.socket, container_id: str, exec_id: str) -> None:
+    """Tell the shim, over a connection to attach.sock, that this process stands for a process of a container.
 
-    ``exec_id`` is "" for the container's init. Raises AttachError.
+    ``exec_id`` is "" for the container's init. The process may be one that is yet to be created.
     """
     # Whoever attaches is the stand-in, not whoever made the connection (SO_PEERCRED): the kernel vouches for the pid.
     own = b"".join(number.to_bytes(4, sys.byteorder) for number in (os.getpid(), os.getuid(), os.getgid()))
     hello = json.dumps({"attach": container_id, "exec": exec_id}).encode()
     with contextlib.suppress(OSError):  # as in _send()
         control.sendmsg([hello], [(_socket.SOL_SOCKET, _socket.SCM_CREDENTIALS, own)])
+
+
+def attach(control: _socket.socket) -> Attachment:
+    """Wait for the streams of the process that was announced; ``control`` is then the result's. Raises AttachError."""
     message, fds = _receive(control)
     streams = [_socket.socket(fileno=fd) for fd in fds]
     match message:
@@ -416,9 +421,9 @@ def main(arguments: Iterable[str]) -> int:
     ready_fd = int(given.get("--ready-fd", -1))
     with Signals() as signals:
         try:
-            attachment = attach(
-                _socket.socket(fileno=int(given["--socket-fd"])), given["--id"], given.get("--exec", "")
-            )
+            control = _socket.socket(fileno=int(given["--socket-fd"]))
+            announce(control, given["--id"], given.get("--exec", ""))
+            attachment = attach(control)
         except AttachError as error:
             _report(ready_fd, b"-" + json.dumps({"error": str(error), "kind": error.kind, "code": error.code}).encode())
             return 1

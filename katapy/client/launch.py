@@ -10,12 +10,13 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import katapy
 from katapy.errors import KatapyError, Unavailable, from_wire
-from katapy.run import start
+from katapy.run import Process, start
 from katapy.transport import unix
 from katapy.transport.ttrpc import TtrpcClient
 
@@ -36,10 +37,35 @@ class Connected(NamedTuple):
     pid: int
 
 
-class StandIn(NamedTuple):
-    """A stand-in that is attached and left to itself."""
+class StandIn:
+    """A stand-in that was started and has announced itself; whoever started it calls ``attached`` or ``kill``."""
 
-    pid: int
+    def __init__(self, process: Process, ready: int, name: str) -> None:
+        self.pid = process.pid
+        self._process, self._ready, self._name = process, ready, name
+
+    def attached(self) -> int:
+        """Wait until it has the streams, leave it to itself, and return its pid.
+
+        Raises what the shim answered it, Unavailable when it died.
+        """
+        ready, self._ready = self._ready, -1
+        with open(ready, "rb") as file:  # noqa: PTH123 - a descriptor
+            said = file.read(_REPORT_MAX)
+        if said == b"+":
+            return self._process.release()
+        self.kill()
+        if not said:
+            raise Unavailable(f"the stand-in of {self._name} died before it was attached")
+        error = json.loads(said[1:])
+        raise from_wire(error["code"], error["kind"], error["error"])
+
+    def kill(self) -> None:
+        """End it; its process in the guest, if there is one, lives on without streams."""
+        self._process.kill()
+        if self._ready >= 0:
+            os.close(self._ready)
+            self._ready = -1
 
 
 def start_shim(root: Path, sandbox_id: str, *, debug: bool, config: Path | None, foreground: bool = False) -> Connected:
@@ -82,31 +108,56 @@ def connect_attach(directory: Path) -> socket.socket:
     return unix.connect(directory / ATTACH_SOCKET, socket.SOCK_SEQPACKET)
 
 
-def start_standin(directory: Path, container_id: str, exec_id: str, stdin: int, stdout: int, stderr: int) -> StandIn:
-    """Start the process that stands for a container's process on the host, and wait until it is attached.
+def start_standin(
+    directory: Path,
+    container_id: str,
+    exec_id: str,
+    streams: tuple[int, int, int],
+    *,
+    prefix: Sequence[str] = (),
+) -> StandIn:
+    """Start the process that stands for a container's process on the host: it exits with that one's status.
 
-    ``exec_id`` is "" for init; the descriptors become the stand-in's own. It exits with the process's status, and
-    outlives its starter. Raises what the shim answered, Unavailable when the stand-in cannot be started.
+    ``exec_id`` is "" for init; ``streams`` become its own; ``prefix`` is a command that executes the one behind it,
+    in another namespace for example. It outlives its starter.
+    Raises Unavailable when it cannot be started.
     """
     answer, report = os.pipe()
-    with open(answer, "rb") as file, connect_attach(directory) as control:  # noqa: PTH123 - a descriptor
+    with connect_attach(directory) as control:
         fds = control.fileno(), report
-        argv = [sys.executable, "-I", "-S", "-c", _STAND_IN, str(Path(katapy.__file__).parent.parent)]
+        argv = [*prefix, sys.executable, "-I", "-S", "-c", _STAND_IN, str(Path(katapy.__file__).parent.parent)]
         argv += ["--socket-fd", str(fds[0]), "--id", container_id, "--exec", exec_id, "--ready-fd", str(fds[1])]
+        stdin, stdout, stderr = streams
         try:
             process = start(
                 argv, name="the stand-in", fds=fds, stdin=stdin, stdout=stdout, stderr=stderr, die_with_owner=False
             )
+        except BaseException:
+            os.close(answer)
+            raise
         finally:
             os.close(report)
-        said = file.read(_REPORT_MAX)
-    if said == b"+":
-        return StandIn(process.release())
-    process.kill()
-    if not said:
-        raise Unavailable(f"the stand-in of {container_id} died before it was attached")
-    error = json.loads(said[1:])
-    raise from_wire(error["code"], error["kind"], error["error"])
+    return StandIn(process, answer, container_id)
+
+
+def send_console(path: Path) -> int:
+    """Make a pseudo-terminal, send its master to the unix socket ``path``, and return its slave.
+
+    The message is what runc sends: the terminal's name, and one descriptor. Raises Unavailable.
+    """
+    master, slave = os.openpty()
+    try:
+        with unix.connect(path, socket.SOCK_STREAM) as receiver:
+            socket.send_fds(receiver, [os.ttyname(slave).encode()], [master])
+    except OSError as error:
+        os.close(slave)
+        raise Unavailable(f"cannot send the terminal to {path}: {error.strerror}") from error
+    except BaseException:
+        os.close(slave)
+        raise
+    finally:
+        os.close(master)
+    return slave
 
 
 def _open_log(directory: Path) -> int:

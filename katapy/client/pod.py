@@ -9,21 +9,26 @@ from __future__ import annotations
 import os
 import select
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
-from katapy import jsonfile
+from katapy import jsonfile, linux
 from katapy.client import attach, launch
 from katapy.client.task import Stdio, TaskClient
 from katapy.errors import Internal, InvalidArgument, InvalidState, KatapyError, NotFound, Unavailable, from_wire
 from katapy.oci.bundle import Bundle
 from katapy.oci.process import ProcessSpec, parse_process
+from katapy.oci.spec import Spec
 from katapy.state import PROCESS_FILE, ProcessRef, State, StateDir, Status, current_status, now
 from katapy.transport.ttrpc import TtrpcClient
 
 ATTACH: Final = "attach:"
+Streams = tuple[int, int, int]
+_NSENTER: Final = "/usr/bin/nsenter"
+_UNSHARE: Final = "/usr/bin/unshare"
 # A shim that was told to end has at most this many seconds; its guest flushes its files within ten.
 _END_SECONDS: Final = 30.0
 _LOG_TAIL: Final = 1000
@@ -45,17 +50,27 @@ class Launch(NamedTuple):
 class Pod:
     """A connection to the shim of a container; a context manager that closes it and nothing more."""
 
-    def __init__(self, root: Path, container_id: str, client: TtrpcClient) -> None:
-        self._root, self._id, self._client = root, container_id, client
+    def __init__(self, root: Path, container_id: str, client: TtrpcClient, *, shim: int = 0) -> None:
+        """``shim`` is the pid of a shim that is this process's own child."""
+        self._root, self._id, self._client, self._shim = root, container_id, client, shim
         self.task = TaskClient(client)
 
     @classmethod
-    def create(cls, options: Launch, container_id: str, bundle: Bundle) -> Pod:
-        """Create a container in a VM of its own; its streams wait to be attached to. On failure nothing is left.
+    def begin(cls, options: Launch, container_id: str, bundle: Bundle) -> Pod:
+        """Make the state of a new container and start a shim for it; ``create`` follows, or ``discard``.
 
-        Raises AlreadyExists for an id that is taken, and whatever the shim answers.
+        A container of a pod goes to the shim of that. Raises AlreadyExists for an id that is taken, NotFound or
+        Unavailable for a pod that does not exist or run. On failure nothing is left.
         """
+        if bundle.spec.sandbox:
+            cls.connect(options.root, bundle.spec.sandbox).close()
         _make_state(options.root, container_id, bundle)
+        if bundle.spec.sandbox:
+            try:
+                return cls(options.root, container_id, launch.connect(options.root / bundle.spec.sandbox))
+            except BaseException:
+                finish(options.root, container_id)
+                raise
         try:
             client, pid = launch.start_shim(
                 options.root,
@@ -67,19 +82,23 @@ class Pod:
         except BaseException:
             finish(options.root, container_id)
             raise
-        pod = cls(options.root, container_id, client)
+        return cls(options.root, container_id, client, shim=pid)
+
+    @property
+    def _directory(self) -> Path:
+        """The directory of the pod, where its shim's sockets are."""
+        return self._root / self.state().sandbox
+
+    def create(self, bundle: Bundle) -> None:
+        """Create the container; the first one of a pod boots its VM. Raises whatever the shim answers."""
         try:
             # Without a deadline of its own: the boot has one, in the configuration.
-            pod.task.create(container_id, bundle.path, _stdio(terminal=bundle.spec.process.terminal), timeout=None)
-        except BaseException as error:
+            self.task.create(self._id, bundle.path, _stdio(terminal=bundle.spec.process.terminal), timeout=None)
+        except Unavailable as error:
             # By that the shim knows that it has to undo what it has done, and to end.
-            client.close()
-            words = _last_words(options.root, container_id) if _reap(pid) else ""
-            finish(options.root, container_id)
-            if words and isinstance(error, Unavailable):
-                raise Unavailable(f"{error}: {words}") from error
-            raise
-        return pod
+            self._client.close()
+            words = _last_words(self._root, self._id) if self._reap() else ""
+            raise (Unavailable(f"{error}: {words}") if words else error) from error
 
     @classmethod
     def connect(cls, root: Path, container_id: str) -> Pod:
@@ -96,6 +115,10 @@ class Pod:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
         self._client.close()
 
     def state(self) -> State:
@@ -111,10 +134,16 @@ class Pod:
         """Send a signal to the container's init, or to ``everyone`` in it."""
         self.task.kill(self._id, number, everyone=everyone)
 
-    def run_foreground(self) -> int:
+    def come_for_streams(self, exec_id: str = "") -> attach.Control:
+        """Have this process stand for a process of the container that is created or started next."""
+        control = launch.connect_attach(self._directory)
+        attach.announce(control, self._id, exec_id)
+        return control
+
+    def run_foreground(self, control: attach.Control) -> int:
         """Start the container with this process's streams, and return its exit status when it has ended."""
         with attach.Signals() as signals:
-            attachment = self._attach("")
+            attachment = self._attach(control)
             if attachment.terminal:
                 self._size_terminal()
             self.start()
@@ -125,18 +154,13 @@ class Pod:
         with suppress(KatapyError):
             self.remove(force=True)
         self._client.close()
+        if self._shim:
+            self._reap()
         finish(self._root, self._id)
 
-    def stand_in(self, exec_id: str = "") -> int:
-        """Start a process that holds this one's streams for a container's process; return its pid.
-
-        A terminal stays the caller's to type on: who leaves a container behind would not share it with that.
-        """
-        stdin = os.open(os.devnull, os.O_RDONLY) if os.isatty(0) else os.dup(0)
-        try:
-            return launch.start_standin(self._root / self._id, self._id, exec_id, stdin, 1, 2).pid
-        finally:
-            os.close(stdin)
+    def stand_in(self, streams: Streams, exec_id: str = "", *, prefix: Sequence[str] = ()) -> launch.StandIn:
+        """Start the process that stands for a process of the container that is created or started next."""
+        return launch.start_standin(self._directory, self._id, exec_id, streams, prefix=prefix)
 
     def own_process(self) -> ProcessSpec:
         """Return the ``process`` that the container was created with."""
@@ -148,17 +172,24 @@ class Pod:
         """Note a process to be started in the running container."""
         self.task.exec(self._id, exec_id, process.to_guest(), _stdio(terminal=process.terminal))
 
-    def exec_detached(self, exec_id: str) -> int:
-        """Start a process that was added, with this process's streams; return the pid of its stand-in."""
+    def start_exec(self, exec_id: str) -> None:
+        """Start a process that was added."""
         self.task.start(self._id, exec_id)
-        return self.stand_in(exec_id)
+
+    def forget_exec(self, exec_id: str) -> None:
+        """Remove a process that was added and could not be started."""
+        with suppress(KatapyError):
+            self.task.kill(self._id, signal.SIGKILL, exec_id)
+        with suppress(KatapyError):
+            self.task.delete(self._id, exec_id)
 
     def exec_foreground(self, exec_id: str) -> int:
         """Start a process that was added, with this process's streams; return its exit status."""
         try:
             with attach.Signals() as signals:
-                self.task.start(self._id, exec_id)
-                return self._pump(self._attach(exec_id), signals)
+                control = self.come_for_streams(exec_id)
+                self.start_exec(exec_id)
+                return self._pump(self._attach(control), signals)
         finally:
             with suppress(KatapyError):
                 self.task.delete(self._id, exec_id)
@@ -181,13 +212,21 @@ class Pod:
             columns, rows = os.get_terminal_size(0)
             self.task.resize_pty(self._id, columns, rows)
 
-    def _attach(self, exec_id: str) -> attach.Attachment:
-        control = launch.connect_attach(self._root / self._id)
+    def _attach(self, control: attach.Control) -> attach.Attachment:
         try:
-            return attach.attach(control, self._id, exec_id)
+            return attach.attach(control)
         except attach.AttachError as error:
             control.close()
             raise self._translated(error) from None
+
+    def _reap(self) -> int:
+        """Wait until our own child, a shim that was told to end, has; kill it where it does not. Return its status."""
+        pid, self._shim = self._shim, 0
+        with suppress(NotFound):
+            shim = ProcessRef.of("shim", pid)
+            if not _gone(shim, _END_SECONDS):
+                _kill(shim)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def _pump(self, attachment: attach.Attachment, signals: attach.Signals) -> int:
         try:
@@ -241,7 +280,10 @@ def finish(root: Path, container_id: str) -> None:
     # A creator is followed by its shim, and that by nobody.
     for _ in range(3):
         with suppress(NotFound), StateDir.open(str(root), container_id) as directory:
-            owner = directory.load().shim
+            state = directory.load()
+            owner = state.shim
+            if state.sandbox != container_id and owner is not None and owner.name == "shim" and owner.alive():
+                return  # it has other containers to serve, and has removed or will remove this one
             # A creator was not told to end, and cannot have what is deleted.
             patience = _END_SECONDS if owner is not None and owner.name == "shim" else 0.0
             if owner is not None and owner.pid != os.getpid() and not _gone(owner, patience):
@@ -268,6 +310,24 @@ def _remove_damaged(root: Path, container_id: str) -> None:
         directory.remove()
 
 
+def network_command(spec: Spec) -> list[str]:
+    """Return the command that executes another in the network namespace that ``spec`` asks for; empty for none.
+
+    What stands for the container on the host has to be in it: hooks and network plugins look there.
+    """
+    namespace = spec.linux.namespace("network")
+    if namespace is None:
+        return []
+    return [_NSENTER, f"--net={namespace.path}", "--"] if namespace.path else [_UNSHARE, "--net", "--"]
+
+
+def enter_network(spec: Spec) -> None:
+    """Move this process into the network namespace that ``spec`` asks for; what it has started stays where it is."""
+    namespace = spec.linux.namespace("network")
+    if namespace is not None and not namespace.path:
+        linux.unshare(linux.CLONE_NEWNET)
+
+
 def write_pid_file(path: Path | None, pid: int) -> None:
     """Write ``pid`` to ``path``, so that a reader sees all of it or nothing. Raises InvalidArgument."""
     if path is None:
@@ -289,7 +349,7 @@ def _make_state(root: Path, container_id: str, bundle: Bundle) -> None:
         id=container_id,
         bundle=bundle.path,
         rootfs=bundle.rootfs,
-        sandbox=container_id,
+        sandbox=bundle.spec.sandbox or container_id,
         status=Status.CREATING,
         created=now(),
         oci_version=bundle.spec.oci_version,
@@ -323,15 +383,6 @@ def _kill(process: ProcessRef) -> None:
         select.select([fd], [], [], _END_SECONDS)
     finally:
         os.close(fd)
-
-
-def _reap(pid: int) -> int:
-    """Wait until our own child, a shim that was told to end, has; kill it where it does not. Return its exit status."""
-    with suppress(NotFound):
-        shim = ProcessRef.of("shim", pid)
-        if not _gone(shim, _END_SECONDS):
-            _kill(shim)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _last_words(root: Path, container_id: str) -> str:

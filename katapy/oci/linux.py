@@ -11,7 +11,6 @@ import itertools
 from dataclasses import dataclass
 from typing import Final
 
-from katapy.errors import Unsupported
 from katapy.jsonfile import shown
 from katapy.oci.node import (
     ID_MAX,
@@ -40,9 +39,10 @@ _DEVICE_MAX: Final = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class Namespace:
-    """A namespace to create."""
+    """A namespace: a new one, or with ``path`` the one that is there on the host."""
 
     type: str
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,17 +212,15 @@ class IntelRdt:
 
 
 def parse_namespaces(node: Node) -> tuple[Namespace, ...]:
-    """Parse ``linux.namespaces``; a type may come once. Raises Unsupported for one to join."""
+    """Parse ``linux.namespaces``; a type may come once."""
     namespaces = tuple(_namespace(item) for item in node.items())
     _refuse_duplicates(node, [namespace.type for namespace in namespaces])
     return namespaces
 
 
 def _namespace(node: Node) -> Namespace:
-    if node.get("path", text, ""):
-        # The path is the host's, and means something else or nothing in the guest.
-        node.child("path").fail("joining another namespace is not supported yet", Unsupported)
-    return Namespace(node.need("type", one_of(NAMESPACES)))
+    kind = node.need("type", one_of(NAMESPACES))
+    return Namespace(kind, node.get("path", absolute_path, "") if node.child("path").value else "")
 
 
 def parse_id_mappings(node: Node) -> tuple[IdMapping, ...]:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from katapy.errors import Internal, Unsupported
 from katapy.jsonfile import dump, parse, shown
+from katapy.oci.hooks import Hooks, parse_hooks
 from katapy.oci.linux import (
     Device,
     IdMapping,
@@ -48,7 +49,13 @@ from katapy.oci.node import (
 from katapy.oci.process import ProcessSpec, process
 from katapy.oci.seccomp import Seccomp, parse_seccomp
 
-HOOKS: Final = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+# Who makes a pod's containers says so in annotations: type and sandbox, under the keys of containerd and of CRI-O.
+_POD_KEYS: Final = (
+    ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
+    ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
+)
+# What containers of a pod can have in common.
+POD_NAMESPACES: Final = ("ipc", "uts", "network", "pid")
 # Far above what engines write, far below the kernel's own 100,000 mounts of a namespace.
 _MOUNTS_MAX: Final = 4096
 _SEMVER: Final = matching(r"\d{1,5}\.\d{1,5}\.\d{1,5}([-+][0-9A-Za-z.+-]{1,64})?", "a version such as 1.2.0")
@@ -132,6 +139,7 @@ class Spec:
     hostname: str
     domainname: str
     mounts: tuple[Mount, ...]
+    hooks: Hooks
     annotations: dict[str, str]
     linux: Linux
     _document: dict[str, Any] = field(repr=False)
@@ -140,6 +148,19 @@ class Spec:
     def rootfs(self) -> str:
         """The root file system as an absolute path of the host, not yet resolved."""
         return self._on_host(self.root.path)
+
+    @property
+    def sandbox(self) -> str:
+        """The id of the pod's sandbox that this container joins; empty for one with a VM of its own."""
+        for kind, sandbox in _POD_KEYS:
+            if self.annotations.get(kind) == "container" and self.annotations.get(sandbox):
+                return self.annotations[sandbox]
+        return ""
+
+    @property
+    def joined_namespaces(self) -> tuple[str, ...]:
+        """The types of the namespaces that a pod's container shares with its sandbox's."""
+        return tuple(namespace.type for namespace in self.linux.namespaces if namespace.path)
 
     @property
     def bind_mounts(self) -> tuple[BindMount, ...]:
@@ -153,14 +174,20 @@ class Spec:
     def to_guest(self, *, root: str, sources: Mapping[int, str]) -> bytes:
         """Return the config.json for the guest agent: the same document, with paths that are valid in the guest.
 
-        ``root`` is the root file system's path in the guest, ``sources`` each bind mount's, by its index. Hooks are
-        the host's business and are left out. Raises Internal when ``sources`` does not name exactly the bind mounts.
+        ``root`` is the root file system's path in the guest, ``sources`` each bind mount's, by its index. Of the hooks
+        it has those that run in the container. Raises Internal when ``sources`` does not name exactly the bind mounts.
         """
         indexes = {bind.index for bind in self.bind_mounts}
         if indexes != sources.keys():
             raise Internal(f"cannot write config.json: sources for {sorted(sources)}, bind mounts {sorted(indexes)}")
         document = {key: value for key, value in self._document.items() if key != "hooks"}
+        if self.hooks.start_container:
+            document["hooks"] = {"startContainer": self._document["hooks"]["startContainer"]}
         document["root"] = {**document["root"], "path": root}
+        if self.joined_namespaces:
+            # The paths are the host's; what is joined in the guest is said beside the document.
+            kept = [{"type": namespace.type} for namespace in self.linux.namespaces if not namespace.path]
+            document["linux"] = {**document["linux"], "namespaces": kept}
         if sources:
             document["mounts"] = [
                 {**mount, "source": sources[index]} if index in sources else mount
@@ -179,8 +206,9 @@ def parse_spec(data: bytes, *, bundle: str, what: str = "config.json") -> Spec:
     """
     node = Node(parse(data, what=what), what)
     version = node.need("ociVersion", _version)
-    _refuse_unsupported(node)
-    return Spec(
+    if node.child("vm").value is not None:
+        node.child("vm").fail("choosing hypervisor, kernel or image here is not supported", Unsupported)
+    spec = Spec(
         bundle=bundle,
         oci_version=version,
         root=node.need("root", lambda root: Root(root.need("path", _root_path), root.get("readonly", boolean, False))),
@@ -188,10 +216,25 @@ def parse_spec(data: bytes, *, bundle: str, what: str = "config.json") -> Spec:
         hostname=node.get("hostname", _HOST_NAME, ""),
         domainname=node.get("domainname", _HOST_NAME, ""),
         mounts=node.get("mounts", array(_mount, at_most=_MOUNTS_MAX), ()),
+        hooks=node.get("hooks", parse_hooks, Hooks()),
         annotations=node.get("annotations", _annotations, {}),
         linux=_linux(node.child("linux")),
         _document=node.members(),
     )
+    _check_joined(node.child("linux"), spec)
+    return spec
+
+
+def _check_joined(node: Node, spec: Spec) -> None:
+    """Refuse namespaces of the host that cannot be had in a VM: only a pod's containers can share theirs."""
+    for index, namespace in enumerate(spec.linux.namespaces):
+        if not namespace.path:
+            continue
+        path = node.child("namespaces").items()[index].child("path")
+        if not spec.sandbox:
+            path.fail("joining another namespace is not supported yet", Unsupported)
+        if namespace.type not in POD_NAMESPACES:
+            path.fail(f"containers of a pod cannot share a {namespace.type} namespace", Unsupported)
 
 
 def _version(node: Node) -> str:
@@ -199,16 +242,6 @@ def _version(node: Node) -> str:
     if version.partition(".")[0] != "1":
         node.fail(f"{shown(version)} is not supported, only 1.x is")
     return version
-
-
-def _refuse_unsupported(node: Node) -> None:
-    if node.child("vm").value is not None:
-        node.child("vm").fail("choosing hypervisor, kernel or image here is not supported", Unsupported)
-    hooks = node.child("hooks")
-    if hooks.value is not None:
-        for name in hooks.members():
-            if hooks.child(name).value is not None and hooks.child(name).items():
-                hooks.child(name).fail("hooks are not supported", Unsupported)
 
 
 def _root_path(node: Node) -> str:

@@ -73,14 +73,18 @@ class Stdio(_message.Message):
     def __init__(self, terminal: _Optional[bool] = ..., stdin: _Optional[str] = ..., stdout: _Optional[str] = ..., stderr: _Optional[str] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ...) -> None: ...
 
 class CreateContainerRequest(_message.Message):
-    __slots__ = ("container_id", "spec", "stdio")
+    __slots__ = ("container_id", "spec", "stdio", "joined_container_id", "joined_namespaces")
     CONTAINER_ID_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STDIO_FIELD_NUMBER: _ClassVar[int]
+    JOINED_CONTAINER_ID_FIELD_NUMBER: _ClassVar[int]
+    JOINED_NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     container_id: str
     spec: bytes
     stdio: Stdio
-    def __init__(self, container_id: _Optional[str] = ..., spec: _Optional[bytes] = ..., stdio: _Optional[_Union[Stdio, _Mapping]] = ...) -> None: ...
+    joined_container_id: str
+    joined_namespaces: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, container_id: _Optional[str] = ..., spec: _Optional[bytes] = ..., stdio: _Optional[_Union[Stdio, _Mapping]] = ..., joined_container_id: _Optional[str] = ..., joined_namespaces: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CreateContainerResponse(_message.Message):
     __slots__ = ("pid",)

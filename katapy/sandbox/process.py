@@ -60,7 +60,8 @@ class GuestProcess:
     stdio: StdioRequest
     status: Status = Status.CREATED
     guest_pid: int = 0
-    host_pid: int = 0  # the stand-in's, once it has attached
+    host_pid: int = 0  # the stand-in's, once it has announced itself
+    announced: asyncio.Event = field(default_factory=asyncio.Event)
     streams: Streams | None = None
     opened: asyncio.Event = field(default_factory=asyncio.Event)
     exited: asyncio.Event = field(default_factory=asyncio.Event)

@@ -40,7 +40,12 @@ class Record:
         self._directory.write(PROCESS_FILE, process)
         self._update(status=Status.CREATED, accelerator=accelerator)
 
-    def attached(self, pid: int) -> None:
+    @property
+    def state(self) -> State:
+        """What the file says."""
+        return self._state
+
+    def announced(self, pid: int) -> None:
         """``pid`` stands in for the container on the host."""
         self._update(pid=pid)
 

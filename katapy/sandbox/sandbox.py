@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +19,16 @@ from typing import Any, Final
 
 from katapy.agent.stdio import open_streams
 from katapy.config import Config
-from katapy.errors import AlreadyExists, InvalidState, KatapyError, NotFound, Unavailable
+from katapy.errors import AlreadyExists, InvalidState, KatapyError, NotFound, Timeout, Unavailable
 from katapy.oci.bundle import Bundle, load_bundle
+from katapy.oci.hooks import Hook
 from katapy.proto import agent_pb2
+from katapy.sandbox.hooks import require_no_interfaces, run_hook
 from katapy.sandbox.machine import Machine, start_machine
 from katapy.sandbox.process import Exit, GuestProcess, StdioRequest
 from katapy.sandbox.record import Record
 from katapy.sandbox.sizing import vm_size
-from katapy.state import Status
+from katapy.state import Status, state_json
 from katapy.storage.shared_dir import TAG, SharedBind
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,8 @@ _REMOVE_DEADLINE: Final = 10.0
 _DESTROY_DEADLINE: Final = 10.0
 # What a process has written may still be on its way to a slow reader when the container is deleted.
 _DRAIN_DEADLINE: Final = 10.0
+# Whoever creates a container has its stand-in ready.
+_ANNOUNCE_DEADLINE: Final = 60.0
 _KILLED: Final = 128 + signal.SIGKILL
 
 
@@ -58,10 +63,12 @@ class Container:
 class Sandbox:
     """A pod. ``directory`` is its private directory below ``root``; the first container brings up the VM."""
 
-    def __init__(self, root: Path, sandbox_id: str, record: Record, config: Config) -> None:
+    def __init__(self, root: Path, sandbox_id: str, record: Record, config: Config, host_mounts: int) -> None:
         self.root, self.id, self.directory = root, sandbox_id, root / sandbox_id
         self._record = record
         self._config = config
+        self._host_mounts = host_mounts
+        self._added = asyncio.Condition()
         self._creating: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._containers: dict[str, Container] = {}
@@ -104,10 +111,13 @@ class Sandbox:
         assert task is not None
         self._creating.add(task)
         try:
-            machine = await self._running_machine(container)
+            async with self._added:
+                self._added.notify_all()
+            machine = await self._prepare(container)
             spec = await asyncio.to_thread(self._share, machine, container)
             log.debug("%s: files shared", container_id)
             process.guest_pid = await machine.guarded(self._create_in_guest(machine, process, names, spec))
+            await self._run_hooks(container, "createContainer", bundle.spec.hooks.create_container)
         except BaseException:
             await self._forget(container)
             raise
@@ -117,6 +127,44 @@ class Sandbox:
         log.debug("%s: created", container_id)
         container.record.created(bundle.spec.process.to_guest(), machine.parts.acceleration.kind.value)
         return process
+
+    async def _prepare(self, container: Container) -> Machine:
+        """Boot the VM, and meanwhile do what the host has to do for a container."""
+        boot = asyncio.create_task(self._running_machine(container), name="boot the VM")
+        try:
+            await self._prepare_host(container)
+            return await boot
+        finally:
+            if not boot.done():
+                boot.cancel()
+                await asyncio.wait([boot])
+
+    async def _prepare_host(self, container: Container) -> None:
+        process, spec = container.init, container.bundle.spec
+        if process.stdio.names():
+            try:
+                await asyncio.wait_for(process.announced.wait(), _ANNOUNCE_DEADLINE)
+            except TimeoutError as error:
+                raise Timeout(f"nobody came for the streams of {process.container_id}") from error
+        hooks = spec.hooks
+        await self._run_hooks(container, "prestart", hooks.prestart)
+        await self._run_hooks(container, "createRuntime", hooks.create_runtime)
+        if spec.linux.namespace("network") is not None and process.host_pid:
+            require_no_interfaces(process.host_pid, process.container_id)
+
+    async def _run_hooks(self, container: Container, point: str, hooks: Sequence[Hook]) -> None:
+        for index, hook in enumerate(hooks):
+            await self._run_hook(container, f"hooks.{point}[{index}]", hook, state_json(container.record.state))
+
+    async def _run_hook(self, container: Container, name: str, hook: Hook, state: Mapping[str, Any]) -> None:
+        bundle = container.bundle.path
+        await run_hook(name, hook, state=state, mount_namespace=self._host_mounts, bundle=bundle)
+
+    async def expect(self, container_id: str, exec_id: str) -> GuestProcess:
+        """Return a process, waiting for a container that is yet to be created. Raises NotFound for an exec."""
+        async with self._added:
+            await self._added.wait_for(lambda: container_id in self._containers)
+        return self.process(container_id, exec_id)
 
     async def start(self, container_id: str, exec_id: str) -> GuestProcess:
         """Let a created container or exec process run."""
@@ -134,7 +182,18 @@ class Sandbox:
                 process.status = Status.RUNNING
                 if not exec_id:
                     container.record.running()
+        if not exec_id:
+            await self._after_start(container)
         return process
+
+    async def _after_start(self, container: Container) -> None:
+        """Run the poststart hooks; a container whose hooks fail must not go on."""
+        try:
+            await self._run_hooks(container, "poststart", container.bundle.spec.hooks.poststart)
+        except KatapyError:
+            with suppress(KatapyError):
+                await self.kill(container.init.container_id, "", signal.SIGKILL, everyone=True)
+            raise
 
     def add_exec(self, container_id: str, exec_id: str, process_json: bytes, stdio: StdioRequest) -> None:
         """Note a process that ``start`` will run in a running container."""
@@ -179,6 +238,9 @@ class Sandbox:
     async def delete(self, container_id: str, exec_id: str) -> Exit:
         """Remove a stopped or created container, or an exec process, and return how it ended."""
         container, process = self._container(container_id), self.process(container_id, exec_id)
+        if container_id == self.id and not exec_id and len(self._containers) > 1:
+            others = ", ".join(sorted(self._containers.keys() - {container_id}))
+            raise InvalidState(f"cannot delete {container_id}: its VM is shared by {others[:256]}")
         async with container.lock:
             process.require([Status.STOPPED, Status.CREATED], "delete")
             with suppress(TimeoutError):
@@ -191,11 +253,12 @@ class Sandbox:
                 await self._forget(container)
         return process.exit or Exit.now(_KILLED)
 
-    def attached(self, process: GuestProcess, pid: int) -> None:
+    def announced(self, process: GuestProcess, pid: int) -> None:
         """Note the host process that stands in for ``process``."""
         process.host_pid = pid
         if not process.exec_id:
-            self._container(process.container_id).record.attached(pid)
+            self._container(process.container_id).record.announced(pid)
+        process.announced.set()
 
     async def close(self) -> None:
         """End the VM and everything in it, and remove what the pod has on the host. Idempotent."""
@@ -274,7 +337,10 @@ class Sandbox:
 
     async def _create_in_guest(self, machine: Machine, process: GuestProcess, names: list[str], spec: bytes) -> int:
         stdio = await self._open_streams(machine, process, names)
-        return await machine.agent.create_container(process.container_id, spec, stdio)
+        # The network is the VM's, so every container of the pod has it already.
+        types = self._container(process.container_id).bundle.spec.joined_namespaces
+        joined = (self.id, [kind for kind in types if kind != "network"]) if types else ("", ())
+        return await machine.agent.create_container(process.container_id, spec, stdio, joined=joined)
 
     async def _exec_in_guest(self, machine: Machine, process: GuestProcess, spec: bytes) -> None:
         stdio = await self._open_streams(machine, process, process.stdio.names())
@@ -325,5 +391,15 @@ class Sandbox:
                 await asyncio.to_thread(machine.parts.tree.remove, container_id, container.binds)
         finally:
             self._containers.pop(container_id, None)
+            await self._run_poststop_hooks(container)
             if container_id != self.id:
                 container.record.remove()
+
+    async def _run_poststop_hooks(self, container: Container) -> None:
+        """Run each, whatever becomes of the others; after a create that failed too, to undo what its hooks did."""
+        state = {**state_json(container.record.state), "status": Status.STOPPED.value, "pid": 0}
+        for index, hook in enumerate(container.bundle.spec.hooks.poststop):
+            try:
+                await self._run_hook(container, f"hooks.poststop[{index}]", hook, state)
+            except KatapyError as error:
+                log.warning("%s: %s", container.init.container_id, error)

@@ -53,19 +53,19 @@ def main() -> int:
     logs.setup(debug=options.debug)
     os.umask(0o077)
     # Before any thread exists: a mount namespace belongs to the thread that asks for it and to its children.
-    enter_private_mounts()
-    asyncio.run(_serve(options))
+    host_mounts = enter_private_mounts()
+    asyncio.run(_serve(options, host_mounts))
     return 0
 
 
-async def _serve(options: argparse.Namespace) -> None:
+async def _serve(options: argparse.Namespace, host_mounts: int) -> None:
     root = options.directory.parent
     try:
         record = Record(root, options.id)
     except NotFound:
         log.debug("sandbox %s was removed before it began", options.id)
         return
-    sandbox = Sandbox(root, options.id, record, Config.load(options.config))
+    sandbox = Sandbox(root, options.id, record, Config.load(options.config), host_mounts)
     service = TaskService(sandbox)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

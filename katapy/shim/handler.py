@@ -17,10 +17,13 @@ class AttachHandler:
         self._sandbox = sandbox
 
     async def attach(self, container_id: str, exec_id: str, pid: int) -> Attached:
-        """Give the streams of a process to the host process ``pid``, which stands in for it from now on."""
-        process = self._sandbox.process(container_id, exec_id)
+        """Give the streams of a process to the host process ``pid``, which stands in for it from now on.
+
+        Waits for a container that is yet to be created: its hooks must be told the pid.
+        """
+        process = await self._sandbox.expect(container_id, exec_id)
+        self._sandbox.announced(process, pid)
         streams = await process.take_streams()
-        self._sandbox.attached(process, pid)
         return Attached(streams.terminal, streams.take())
 
     async def signal(self, container_id: str, exec_id: str, number: int) -> None:

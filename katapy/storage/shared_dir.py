@@ -32,13 +32,15 @@ _RESTRICTED: Final = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV | linux.MO
 _BENEATH: Final = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS | linux.RESOLVE_NO_MAGICLINKS
 
 
-def enter_private_mounts() -> None:
+def enter_private_mounts() -> int:
     """Give this process a mount namespace of its own, which still sees what the host mounts later.
 
-    Must run before any other thread exists. Raises OSError.
+    Must run before any other thread exists. Returns a descriptor of the namespace that it has left. Raises OSError.
     """
+    left = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     linux.unshare(linux.CLONE_NEWNS)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)
+    return left
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""Runs a container's hooks on the host: in the host's own mount namespace, which the supervisor has left.
+
+Source: runtime-spec 1.2, config.md, "POSIX-platform Hooks", and runtime.md, "Lifecycle".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, Final
+
+from katapy import run
+from katapy.console import Console
+from katapy.errors import KatapyError, NotFound, Timeout, Unavailable
+from katapy.oci.hooks import Hook
+
+# Far above what a hook needs; without a limit of its own, one that hangs would hold up its engine for ever.
+_TIMEOUT: Final = 600.0
+_LINES: Final = 5
+# By an interpreter of our own, since no tool of util-linux lets the caller say what argv[0] is. setns(2) is 308.
+_ENTER: Final = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+namespace, directory, path, *args = sys.argv[1:]
+if libc.setns(int(namespace), 0x20000):
+    sys.exit(f"setns: {os.strerror(ctypes.get_errno())}")
+os.chdir(directory)
+try:
+    os.execv(path, args)
+except OSError as error:
+    sys.exit(error.strerror)
+"""
+
+
+async def run_hook(name: str, hook: Hook, *, state: Mapping[str, Any], mount_namespace: int, bundle: str) -> None:
+    """Run one hook to its end; ``name`` is its place in config.json (``hooks.createRuntime[0]``).
+
+    ``state`` is the container's, as `state` prints it, and the hook's standard input; ``mount_namespace`` is a
+    descriptor of the one that it runs in, ``bundle`` its working directory.
+    Raises Unavailable, or Timeout; the message names the hook.
+    """
+    try:
+        await _run(hook, json.dumps(state).encode(), mount_namespace, bundle)
+    except KatapyError as error:
+        raise type(error)(f"{name}: {hook.path}: {error}") from error
+
+
+async def _run(hook: Hook, state: bytes, mount_namespace: int, bundle: str) -> None:
+    with ExitStack() as stack:
+        stdin = os.memfd_create("state")
+        stack.callback(os.close, stdin)
+        os.pwrite(stdin, state, 0)
+        read, write = socket.socketpair()
+        stack.callback(read.close)
+        argv = [sys.executable, "-I", "-S", "-c", _ENTER, str(mount_namespace), bundle, hook.path, *hook.args]
+        env = run.ENVIRONMENT if hook.env is None else dict(entry.split("=", 1) for entry in hook.env)
+        with write:
+            process = run.start(
+                argv,
+                name="hook",
+                fds=[mount_namespace],
+                stdin=stdin,
+                stdout=write.fileno(),
+                stderr=write.fileno(),
+                env=env,
+            )
+        output = Console(read)
+        stack.callback(output.close)
+        try:
+            async with asyncio.timeout(hook.timeout or _TIMEOUT):
+                status = await process.wait()
+        except TimeoutError as error:
+            raise Timeout(f"did not end within {hook.timeout or _TIMEOUT:g} s") from error
+        finally:
+            await process.stop(grace=0)
+        if status:
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            words = output.tail(_LINES).replace("\n", " | ")
+            raise Unavailable(f"{how}: {words}" if words else how)
+
+
+def require_no_interfaces(pid: int, container_id: str) -> None:
+    """Raise Unavailable where the network namespace of ``pid`` was given interfaces, which the VM would not see."""
+    try:
+        with open(f"/proc/{pid}/net/dev", "rb") as file:  # noqa: PTH123 - of /proc
+            names = [line.partition(b":")[0].strip().decode(errors="replace") for line in file.readlines()[2:]]
+    except FileNotFoundError as error:
+        raise NotFound(f"the stand-in of {container_id} died: pid {pid}") from error
+    # Every new namespace has these where the kernel has their drivers.
+    own = {"lo", "tunl0", "sit0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "ip6tnl0", "ip6gre0"}
+    if found := sorted(set(names) - own):
+        raise Unavailable(
+            f"cannot connect {container_id} to {', '.join(found)[:256]}: networks are not supported yet; "
+            "run it without one (--network none)"
+        )
