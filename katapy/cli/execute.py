@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.argument("container_id", metavar="ID")
 @click.argument("command", nargs=-1, metavar="[CMD...]")
 @click.pass_obj
-def exec_command(settings: Settings, container_id: str, command: tuple[str, ...], **flags: Any) -> int:
+def exec_command(settings: Settings, /, container_id: str, command: tuple[str, ...], **flags: Any) -> int:
     """Run a command in a running container; its streams and exit status are the command's own.
 
     \b

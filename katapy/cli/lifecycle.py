@@ -33,22 +33,32 @@ _NO_PIVOT = click.option("--no-pivot", is_flag=True, help="Accepted, and of no e
 _NO_NEW_KEYRING = click.option("--no-new-keyring", is_flag=True, help="Accepted, and of no effect: so is the keyring.")
 
 
+class Wanted(NamedTuple):
+    """What `create` and `run` are asked for; ``foreground`` is a container that ends with the command."""
+
+    container_id: str
+    bundle: str
+    console_socket: Path | None
+    pid_file: Path | None
+    detached: bool
+    foreground: bool
+
+
 @contextmanager
-def _begun(
-    settings: Settings, container_id: str, bundle_path: str, *, foreground: bool
-) -> Iterator[tuple[Pod, Bundle]]:
+def _begun(settings: Settings, wanted: Wanted) -> Iterator[tuple[Pod, Bundle]]:
     """Check everything that came from outside, then begin a container; a failure leaves nothing of it."""
     from katapy.client.pod import Launch, Pod
     from katapy.oci.bundle import load_bundle
     from katapy.state import check_id
 
-    require_root(f"create {container_id!r}" if len(container_id) < 77 else "create a container")
-    check_id(container_id)
-    bundle = load_bundle(bundle_path)
+    name = wanted.container_id
+    require_root(f"create {name!r}" if len(name) < 77 else "create a container")
+    check_id(name)
+    bundle = load_bundle(wanted.bundle)
+    check_console(terminal=bundle.spec.process.terminal, detached=wanted.detached, socket=wanted.console_socket)
     settings.check_config()
-    with Pod.begin(
-        Launch(settings.root, settings.config_path, settings.debug, foreground), container_id, bundle
-    ) as pod:
+    launch = Launch(settings.root, settings.config_path, settings.debug, wanted.foreground)
+    with Pod.begin(launch, name, bundle) as pod:
         try:
             yield pod, bundle
         except BaseException:
@@ -67,31 +77,20 @@ def _boot(pod: Pod, bundle: Bundle, container_id: str) -> None:
         emulation.warn()
 
 
-def _create_detached(
-    settings: Settings, container_id: str, bundle_path: str, options: Detached, *, start: bool
-) -> None:
+def _create_detached(settings: Settings, wanted: Wanted, *, start: bool) -> None:
     """Create a container that a stand-in takes care of on the host, and ``start`` it."""
     from katapy.client.pod import network_command, write_pid_file
 
-    with _begun(settings, container_id, bundle_path, foreground=False) as (pod, bundle), ExitStack() as undo:
-        terminal = bundle.spec.process.terminal
-        check_console(terminal=terminal, detached=True, socket=options.console_socket)
-        with standard_streams(options.console_socket) as streams:
+    with _begun(settings, wanted) as (pod, bundle), ExitStack() as undo:
+        with standard_streams(wanted.console_socket) as streams:
             stand_in = pod.stand_in(streams, prefix=network_command(bundle.spec))
         undo.callback(stand_in.kill)
-        _boot(pod, bundle, container_id)
+        _boot(pod, bundle, wanted.container_id)
         pid = stand_in.attached()
         undo.pop_all()
         if start:
             pod.start()
-        write_pid_file(options.pid_file, pid)
-
-
-class Detached(NamedTuple):
-    """What a container that is left behind is given."""
-
-    console_socket: Path | None
-    pid_file: Path | None
+        write_pid_file(wanted.pid_file, pid)
 
 
 def check_console(*, terminal: bool, detached: bool, socket: Path | None) -> None:
@@ -166,12 +165,13 @@ def run(
     """
     check_preserved(preserve_fds)
     if detach:
-        _create_detached(settings, container_id, bundle, Detached(console_socket, pid_file), start=True)
+        wanted = Wanted(container_id, bundle, console_socket, pid_file, detached=True, foreground=False)
+        _create_detached(settings, wanted, start=True)
         return 0
     from katapy.client.pod import enter_network, write_pid_file
 
-    with _begun(settings, container_id, bundle, foreground=not keep) as (pod, loaded):
-        check_console(terminal=loaded.spec.process.terminal, detached=False, socket=console_socket)
+    wanted = Wanted(container_id, bundle, console_socket, pid_file, detached=False, foreground=not keep)
+    with _begun(settings, wanted) as (pod, loaded):
         enter_network(loaded.spec)
         control = pod.come_for_streams()
         _boot(pod, loaded, container_id)
@@ -208,7 +208,8 @@ def create(
       katapy create --bundle ./bundle web && katapy start web
     """
     check_preserved(preserve_fds)
-    _create_detached(settings, container_id, bundle, Detached(console_socket, pid_file), start=False)
+    wanted = Wanted(container_id, bundle, console_socket, pid_file, detached=True, foreground=False)
+    _create_detached(settings, wanted, start=False)
 
 
 @click.command("start")

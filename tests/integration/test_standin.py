@@ -220,9 +220,12 @@ async def test_start_standin(tmp_path: Path) -> None:
     async with AttachServer(unix.listen(directory / launch.ATTACH_SOCKET, socket.SOCK_SEQPACKET), sandbox):
         out, stdout = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
+        streams = (null, stdout, null)
+        missing = await asyncio.to_thread(launch.start_standin, directory, "c2", "", streams)
         with pytest.raises(NotFound, match='container "c2" does not exist'):
-            await asyncio.to_thread(launch.start_standin, directory, "c2", "", null, stdout, null)
-        standin = await asyncio.to_thread(launch.start_standin, directory, "c1", "", null, stdout, null)
+            await asyncio.to_thread(missing.attached)
+        standin = await asyncio.to_thread(launch.start_standin, directory, "c1", "", streams)
+        assert await asyncio.to_thread(standin.attached) == standin.pid
         os.close(stdout)
         os.close(null)
         assert sandbox.pid == standin.pid

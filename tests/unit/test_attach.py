@@ -324,7 +324,8 @@ def answer(message: object, *fds: int) -> Attachment:
     with shim:
         socket.send_fds(shim, [json.dumps(message).encode()], fds)
         try:
-            attachment = attach.attach(mine, "c1", "e")
+            attach.announce(mine, "c1", "e")
+            attachment = attach.attach(mine)
         except BaseException:
             mine.close()
             raise
