@@ -131,3 +131,14 @@ def test_systemd_cgroup_is_kept_for_the_verbs(root: Path, given: bool, monkeypat
     monkeypatch.setattr("katapy.cli.inspect.state_text", state_text)
     command_line(*(["--systemd-cgroup"] if given else []), "state", "c1")
     assert seen == [given]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("katapy fea", "features"), ("katapy --sys", "--systemd-cgroup"), ("katapy --ro", "--rootless")],
+)
+def test_completion(words: str, offered: str) -> None:
+    environment = {**os.environ, "_KATAPY_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "1"}
+    argv = [str(Path(sys.executable).with_name("katapy"))]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
+    assert f"plain,{offered}" in done.stdout.splitlines()
