@@ -33,7 +33,7 @@ class _Formatter(logging.Formatter):
         level = record.levelname.lower()
         moment = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03}Z"
         if self._json:
-            return json.dumps({"level": level, "msg": message, "time": moment})
+            return json.dumps({"level": level, "msg": message, "time": moment}, separators=(",", ":"))
         return f'time="{moment}" level={level} msg={_quoted(message)}'
 
 

@@ -1,7 +1,7 @@
 """The command line: flags in, text and an exit status out. No logic; each verb's module is imported when it is used.
 
-Exit status: what the container returned; 1 for an error, 2 for wrong usage, 126 and 127 for a program that cannot
-be executed or found in the container.
+Exit status: what the container returned; as runc's, 1 for an error and for wrong usage, 3 for an unknown verb; 126
+and 127 for a program that cannot be executed or found in the container.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import click
 
 from katapy import __version__
-from katapy.errors import KatapyError, codes_of
+from katapy.errors import KatapyError, Unsupported, codes_of
 
 if TYPE_CHECKING:
     from katapy.config import Config
@@ -33,6 +33,7 @@ _VERBS: Final = {
     "state": "inspect",
     "list": "inspect",
     "spec": "spec",
+    "features": "features",
     "check": "check",
     "image": "image",
     "completion": "completion",
@@ -42,8 +43,8 @@ _VERBS: Final = {
 class Settings:
     """What the global options say; made once, passed to each verb by click."""
 
-    def __init__(self, root: Path, config_path: Path | None, *, debug: bool) -> None:
-        self.root, self.config_path, self.debug = root, config_path, debug
+    def __init__(self, root: Path, config_path: Path | None, *, debug: bool, systemd_cgroup: bool = False) -> None:
+        self.root, self.config_path, self.debug, self.systemd_cgroup = root, config_path, debug, systemd_cgroup
 
     @property
     def config(self) -> Config:
@@ -57,6 +58,12 @@ class Settings:
         _ = self.config
 
 
+class UnknownVerb(click.UsageError):
+    """No such verb; the exit status is runc's."""
+
+    exit_code = 3
+
+
 class _Verbs(click.Group):
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(_VERBS)
@@ -68,6 +75,29 @@ class _Verbs(click.Group):
         command = getattr(module, f"{cmd_name}_command", None) or getattr(module, cmd_name)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in _VERBS:
+            raise UnknownVerb(f"No such command {args[0]!r}.", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _check_rootless(_ctx: click.Context, _option: click.Parameter, value: str) -> None:
+    # Go's strconv.ParseBool, which is runc's.
+    if value in ("1", "t", "T", "true", "TRUE", "True"):
+        raise Unsupported("--rootless true is not supported: katapy needs root")
+    if value not in ("auto", "0", "f", "F", "false", "FALSE", "False"):
+        raise click.BadParameter(f"{value!r} is none of true, false, auto.")
+
+
+def _print_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from katapy.oci.default import OCI_VERSION
+
+        click.echo(f"katapy version {__version__}\nspec: {OCI_VERSION}")
+        ctx.exit()
 
 
 @click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -88,7 +118,25 @@ class _Verbs(click.Group):
 @click.option("--log", "log_file", type=click.Path(path_type=Path), help="Write log lines to this file.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--debug", is_flag=True, help="Log more; show a traceback with an error.")
-@click.version_option(__version__, "--version", "-v", prog_name="katapy", message="%(prog)s version %(version)s")
+@click.option("--systemd-cgroup", is_flag=True, help='Have systemd make cgroups; cgroupsPath is "slice:prefix:name".')
+@click.option(
+    "--rootless",
+    metavar="true|false|auto",
+    default="auto",
+    show_default=True,
+    callback=_check_rootless,
+    expose_value=False,
+    help="As runc's; katapy needs root, so true is refused.",
+)
+@click.option(
+    "--version",
+    "-v",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version.",
+)
 @click.pass_context
 def cli(
     ctx: click.Context,
@@ -97,6 +145,7 @@ def cli(
     log_file: Path | None,
     log_format: Literal["text", "json"],
     debug: bool,
+    systemd_cgroup: bool,
 ) -> None:
     """Run containers, each pod in its own virtual machine.
 
@@ -115,7 +164,7 @@ def cli(
         log.setup(debug=debug, file=None if log_file is None else str(log_file), format=log_format)
     # The shim reads it too, in another directory.
     config_path = None if config_path is None else Path(os.path.abspath(config_path))
-    ctx.obj = Settings(Path(os.path.abspath(root)), config_path, debug=debug)
+    ctx.obj = Settings(Path(os.path.abspath(root)), config_path, debug=debug, systemd_cgroup=systemd_cgroup)
 
 
 def require_root(what: str) -> None:
@@ -147,7 +196,8 @@ def main() -> None:
         status = done.exit_code
     except click.ClickException as error:
         error.show()
-        status = error.exit_code
+        _log_error(error.format_message())
+        status = error.exit_code if isinstance(error, UnknownVerb) else 1
     except (click.Abort, KeyboardInterrupt):
         status = 130
     except BrokenPipeError:
@@ -166,9 +216,13 @@ def _report(error: Exception, *, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
+    _log_error(text)
+    click.echo(f"katapy: {text}", err=True)
+    return codes_of(error).exit_status
+
+
+def _log_error(text: str) -> None:
     import logging
 
     if logging.getLogger().handlers:
         logging.getLogger("katapy").error("%s", text)
-    click.echo(f"katapy: {text}", err=True)
-    return codes_of(error).exit_status

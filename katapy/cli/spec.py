@@ -14,7 +14,8 @@ from katapy.errors import AlreadyExists, NotFound, PermissionDenied
 @click.option(
     "--bundle", "-b", type=click.Path(path_type=Path), default=".", show_default=True, help="Where to write it."
 )
-def spec(bundle: Path) -> None:
+@click.option("--rootless", is_flag=True, help="With a user namespace, in which the caller is root.")
+def spec(bundle: Path, rootless: bool) -> None:
     """Write a starting config.json: a shell in ./rootfs, the same as runc's.
 
     \b
@@ -24,7 +25,7 @@ def spec(bundle: Path) -> None:
     from katapy.oci.default import default_spec
 
     path = bundle / "config.json"
-    text = json.dumps(default_spec(), indent="\t") + "\n"
+    text = json.dumps(default_spec(rootless=rootless), indent="\t") + "\n"
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

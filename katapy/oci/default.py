@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Final
 
+# The runtime-spec that katapy knows.
+OCI_VERSION: Final = "1.2.0"
 _CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -16,7 +18,7 @@ def default_spec(*, rootless: bool = False) -> dict[str, Any]:
     out then: runc would bind the host's, and a container in a VM has no business with that one.
     """
     return {
-        "ociVersion": "1.2.0",
+        "ociVersion": OCI_VERSION,
         "process": _process(),
         "root": {"path": "rootfs", "readonly": True},
         "hostname": "katapy",

@@ -13,7 +13,8 @@ from katapy.oci.node import Node, absolute_path, integer, matching, one_of, requ
 _action: Final = matching("SCMP_ACT_[A-Z_]{1,32}", "a seccomp action (SCMP_ACT_...)")
 _architecture: Final = matching("SCMP_ARCH_[A-Z0-9_]{1,32}", "a seccomp architecture (SCMP_ARCH_...)")
 _flag: Final = matching("SECCOMP_FILTER_FLAG_[A-Z_]{1,48}", "a seccomp flag (SECCOMP_FILTER_FLAG_...)")
-_operator: Final = one_of([f"SCMP_CMP_{name}" for name in ("NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ")])
+OPERATORS: Final = tuple(f"SCMP_CMP_{name}" for name in ("NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ"))
+_operator: Final = one_of(OPERATORS)
 # MAX_ERRNO: what a system call can return.
 _errno: Final = integer(0, 4095)
 

@@ -1,0 +1,96 @@
+"""The program `katapy`: the usual forms of `state` and `list` are answered here, all else is the command line's.
+
+Engines ask for the state all the time, and reading a file takes far less time than importing click does. Only what is
+surely meant and goes well is answered here. At anything else, an option that is not known here, an error, a stream
+that is closed, the command line begins anew, as if nothing had been tried.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+# Global options that these verbs need not look into, and the values that are fine; None is any.
+_OPTIONS: Final[dict[str, tuple[str, ...] | None]] = {
+    "--root": None,
+    "--log": None,
+    "--log-format": ("text", "json"),
+    "--rootless": ("auto", "false"),
+}
+_FLAGS: Final = ("--systemd-cgroup",)
+# What may follow `list`: the style, and whether only ids are wanted.
+_LISTS: Final[dict[tuple[str, ...], tuple[str, bool]]] = {
+    (): ("table", False),
+    ("-q",): ("table", True),
+    ("--quiet",): ("table", True),
+    ("--format", "table"): ("table", False),
+    ("--format", "json"): ("json", False),
+    ("-f", "table"): ("table", False),
+    ("-f", "json"): ("json", False),
+}
+
+
+def main() -> None:
+    """Run the program and exit."""
+    text = quick_answer(sys.argv[1:]) if sys.stdout and sys.stderr and "_KATAPY_COMPLETE" not in os.environ else None
+    if text is None:
+        from katapy.cli import main as command_line
+
+        command_line()
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has left; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+
+
+def quick_answer(arguments: Sequence[str]) -> str | None:
+    """Return what `state` or `list` prints; None where the command line has to look at the arguments."""
+    options, verb, rest = _split(arguments)
+    is_state = verb == "state" and len(rest) == 1 and not rest[0].startswith("-")
+    is_list = verb == "list" and rest in _LISTS
+    if not (is_state or is_list):
+        return None
+    from katapy.errors import KatapyError
+    from katapy.listing import list_text, state_text
+    from katapy.state import DEFAULT_ROOT
+
+    root = os.path.abspath(options.get("--root", DEFAULT_ROOT))
+    try:
+        _touch_log(options.get("--log"))
+        if is_state:
+            return state_text(root, rest[0])
+        style, quiet = _LISTS[rest]
+        text, errors = list_text(root, style=style, quiet=quiet)
+    except (KatapyError, OSError, ValueError):
+        return None
+    return None if errors else text
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], str, tuple[str, ...]]:
+    """Return the global options, the verb and what follows it; no verb where an option is not known here."""
+    options: dict[str, str] = {}
+    left = iter(arguments)
+    for argument in left:
+        if not argument.startswith("-"):
+            return options, argument, tuple(left)
+        if argument in _FLAGS:
+            continue
+        name, equals, value = argument.partition("=")
+        if not equals:
+            value = next(left, "")
+        if name not in _OPTIONS or not value or value not in (_OPTIONS[name] or (value,)):
+            break
+        options[name] = value
+    return options, "", ()
+
+
+def _touch_log(path: str | None) -> None:
+    """Make the log file, as every verb does that has one."""
+    if path is not None:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY, 0o600))
