@@ -1,7 +1,7 @@
 """The command line: flags in, text and an exit status out. No logic; each verb's module is imported when it is used.
 
-Exit status: what the container returned; as runc's, 1 for an error and for wrong usage, 3 for an unknown verb; 126
-and 127 for a program that cannot be executed or found in the container.
+Exit status: what the container returned; 1 for an error, 2 for wrong usage, 126 and 127 for a program that cannot
+be executed or found in the container.
 """
 
 from __future__ import annotations
@@ -58,12 +58,6 @@ class Settings:
         _ = self.config
 
 
-class UnknownVerb(click.UsageError):
-    """No such verb; the exit status is runc's."""
-
-    exit_code = 3
-
-
 class _Verbs(click.Group):
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(_VERBS)
@@ -75,13 +69,6 @@ class _Verbs(click.Group):
         command = getattr(module, f"{cmd_name}_command", None) or getattr(module, cmd_name)
         assert isinstance(command, click.Command)
         return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in _VERBS:
-            raise UnknownVerb(f"No such command {args[0]!r}.", ctx)
-        return super().resolve_command(ctx, args)
 
 
 def _check_rootless(_ctx: click.Context, _option: click.Parameter, value: str) -> None:
@@ -197,7 +184,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         _log_error(error.format_message())
-        status = error.exit_code if isinstance(error, UnknownVerb) else 1
+        status = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         status = 130
     except BrokenPipeError:
