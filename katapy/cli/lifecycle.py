@@ -62,8 +62,18 @@ def _begun(settings: Settings, wanted: Wanted) -> Iterator[tuple[Pod, Bundle]]:
         try:
             yield pod, bundle
         except BaseException:
-            pod.discard()
+            tell(pod.discard())
             raise
+
+
+def tell(warnings: list[str]) -> None:
+    """Say what went wrong and changes nothing: on stderr, and in the log where there is one."""
+    import logging
+
+    for text in warnings:
+        if logging.getLogger().handlers:
+            logging.getLogger("katapy").warning("%s", text)
+        click.echo(f"katapy: warning: {text}", err=True)
 
 
 def _boot(pod: Pod, bundle: Bundle, container_id: str) -> None:
@@ -178,7 +188,7 @@ def run(
         write_pid_file(pid_file, os.getpid())
         status = pod.run_foreground(control)
         if not keep:
-            pod.discard()
+            tell(pod.discard())
     return status
 
 
@@ -278,4 +288,4 @@ def delete(settings: Settings, force: bool, container_id: str) -> None:
     from katapy.client import pod
 
     require_root("delete a container")
-    pod.delete(settings.root, container_id, force=force)
+    tell(pod.delete(settings.root, container_id, force=force))

@@ -6,14 +6,16 @@ shim that was killed has left.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import select
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import BinaryIO, Final, NamedTuple, Self
 
 from katapy import jsonfile, linux
 from katapy.client import attach, launch
@@ -32,6 +34,9 @@ _UNSHARE: Final = "/usr/bin/unshare"
 # A shim that was told to end has at most this many seconds; its guest flushes its files within ten.
 _END_SECONDS: Final = 30.0
 _LOG_TAIL: Final = 1000
+_LOG_MAX: Final = 65536
+# As log.py writes it.
+_WARNING: Final = re.compile(rb' level=warning msg=("(?:[^"\\]|\\.)*")')
 
 
 class Launch(NamedTuple):
@@ -149,14 +154,19 @@ class Pod:
             self.start()
             return self._pump(attachment, signals)
 
-    def discard(self) -> None:
-        """Remove the container whatever it does, and wait until nothing is left of it."""
-        with suppress(KatapyError):
-            self.remove(force=True)
-        self._client.close()
-        if self._shim:
-            self._reap()
-        finish(self._root, self._id)
+    def discard(self) -> list[str]:
+        """Remove the container whatever it does, wait until nothing is left of it, and return what the shim warns of.
+
+        A hook that failed when the container had gone is no error, and nobody could read of it later.
+        """
+        with _ShimLog(self._root, self._id) as log:
+            with suppress(KatapyError):
+                self.remove(force=True)
+            self._client.close()
+            if self._shim:
+                self._reap()
+            finish(self._root, self._id)
+            return log.warnings()
 
     def stand_in(self, streams: Streams, exec_id: str = "", *, prefix: Sequence[str] = ()) -> launch.StandIn:
         """Start the process that stands for a process of the container that is created or started next."""
@@ -239,8 +249,8 @@ class Pod:
         return from_wire(error.code, error.kind, text)
 
 
-def delete(root: Path, container_id: str, *, force: bool) -> None:
-    """Remove a container and, with its last one, the pod.
+def delete(root: Path, container_id: str, *, force: bool) -> list[str]:
+    """Remove a container and, with its last one, the pod. Returns what the shim warns of.
 
     With ``force`` a running one is killed first, an unresponsive shim too, and a container that does not exist is no
     error, nor is one whose state cannot be read. Raises InvalidState for a running container without ``force``.
@@ -250,25 +260,53 @@ def delete(root: Path, container_id: str, *, force: bool) -> None:
             state = directory.load()
     except NotFound:
         if force:
-            return
+            return []
         raise
     except Internal:
         if not force:
             raise
         _remove_damaged(root, container_id)
-        return
+        return []
     status = current_status(state)
     if status not in (Status.STOPPED, Status.CREATED) and not force:
         raise InvalidState(f"cannot delete container {container_id} that is not stopped: {status}")
-    if state.shim is not None and state.shim.name == "shim" and state.shim.alive():
+    with _ShimLog(root, state.sandbox) as log:
+        if state.shim is not None and state.shim.name == "shim" and state.shim.alive():
+            try:
+                with Pod.connect(root, container_id) as pod:
+                    pod.remove(force=force)
+            except KatapyError:
+                if not force:
+                    raise
+                _kill(state.shim)
+        finish(root, container_id)
+        return log.warnings()
+
+
+class _ShimLog:
+    """What a shim logs from now on: to be read when the shim, and with it the name of its log, is gone."""
+
+    def __init__(self, root: Path, sandbox_id: str) -> None:
         try:
-            with Pod.connect(root, container_id) as pod:
-                pod.remove(force=force)
-        except KatapyError:
-            if not force:
-                raise
-            _kill(state.shim)
-    finish(root, container_id)
+            self._file: BinaryIO | None = (root / sandbox_id / launch.LOG).open("rb")
+            self._file.seek(0, os.SEEK_END)
+        except OSError:
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def warnings(self) -> list[str]:
+        """Return the texts of the warnings that came."""
+        lines = self._file.read(_LOG_MAX).splitlines() if self._file is not None else []
+        found = [_WARNING.search(line) for line in lines]
+        return [json.loads(match[1]) for match in found if match]
 
 
 def finish(root: Path, container_id: str) -> None:
