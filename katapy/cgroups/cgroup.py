@@ -170,9 +170,12 @@ class Cgroup:
     def _make_directories(self, hierarchy: Hierarchy, target: str) -> dict[str, str]:
         """Make ``target`` and its parents. Returns which v2 controllers could not be enabled, and why."""
         for _ in range(_ATTEMPTS - 1):
-            # A parent that was there a moment ago may have gone with another pod.
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 return self._descend(hierarchy, target)
+            except OSError as error:
+                # A parent that was there a moment ago may have gone with another pod.
+                if error.errno not in (errno.ENOENT, errno.ENODEV):
+                    raise
         return self._descend(hierarchy, target)
 
     def _descend(self, hierarchy: Hierarchy, target: str) -> dict[str, str]:
