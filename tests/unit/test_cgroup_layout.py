@@ -9,7 +9,7 @@ from katapy.cgroups.layout import Hierarchy, Kind, Layout, find_layout, parse_la
 UNIFIED = (
     """\
 24 30 0:22 / /proc rw,nosuid - proc proc rw
-35 24 0:30 / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot
+35 24 0:30 / /sys/fs/cgroup rw,nosuid,nodev shared:9 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot
 """,
     "0::/user.slice/user-0.slice/session-1.scope\n",
 )
