@@ -13,7 +13,7 @@ from typing import Final
 
 from katapy.cgroups import directory
 from katapy.cgroups.directory import Record
-from katapy.cgroups.layout import Hierarchy, Layout
+from katapy.cgroups.layout import Hierarchy, Layout, find_layout
 from katapy.cgroups.limits import HostLimits, Setting, plan_limits
 from katapy.cgroups.path import CgroupPath
 from katapy.errors import (
@@ -64,7 +64,6 @@ class Cgroup:
         """Take up an existing cgroup, of which ``record`` tells; ``layout`` is this host's."""
         self.layout = layout
         self.record = record
-        self._moved = False
 
     @classmethod
     def create(cls, path: CgroupPath, limits: HostLimits, *, layout: Layout, pid: int | None = None) -> Cgroup:
@@ -81,8 +80,9 @@ class Cgroup:
             raise Internal(f"cannot make {path.unit}: systemd makes no scope without a process")
         needed = {setting.controller for setting in settings}
         cgroup = cls(layout, Record({}, (), path.unit))
+        home = layout if pid is None else find_layout(pid)
         with contextlib.ExitStack() as undo:
-            undo.callback(cgroup._undo, pid)
+            undo.callback(cgroup._undo, home, pid)
             if path.unit:
                 cgroup._start_scope(path, limits, pid or 0)
             for hierarchy in filter(lambda each: each.writable, layout.hierarchies):
@@ -100,7 +100,6 @@ class Cgroup:
 
         Raises NotFound where the process has ended, Unavailable.
         """
-        self._moved = True
         for path in self.record.paths.values():
             try:
                 directory.write(f"{path}/cgroup.procs", str(pid))
@@ -113,9 +112,7 @@ class Cgroup:
 
     def leave(self, pid: int) -> None:
         """Move the process ``pid`` to where the caller was when ``layout`` was found, as far as that still exists."""
-        for hierarchy in self.layout.hierarchies:
-            with contextlib.suppress(OSError):
-                directory.write(f"{hierarchy.mount.rstrip('/')}{hierarchy.own.rstrip('/')}/cgroup.procs", str(pid))
+        _move(pid, self.layout)
 
     def update(self, limits: HostLimits) -> None:
         """Change the limits that are set in ``limits``.
@@ -144,7 +141,6 @@ class Cgroup:
     def _start_scope(self, path: CgroupPath, limits: HostLimits, pid: int) -> None:
         from katapy.cgroups import systemd  # only here: the other driver does without jeepney
 
-        self._moved = True
         systemd.start_scope(path.unit, path.slice, pid, limits, version=self._memory_version())
 
     def _memory_version(self) -> int:
@@ -251,15 +247,21 @@ class Cgroup:
         if used > limit:
             raise InvalidState(f"cannot limit cgroup {printable(memory)} to {limit} bytes: {used} are in use")
 
-    def _undo(self, pid: int | None) -> None:
-        if pid is not None and self._moved:
-            self.leave(pid)
+    def _undo(self, home: Layout, pid: int | None) -> None:
+        if pid is not None:
+            _move(pid, home)
         record = self.record._replace(unit="")  # a scope without processes ends by itself; stopping it would kill
         for path in reversed(record.made):
             with contextlib.suppress(OSError):
                 os.rmdir(path)
         for path in record.paths.values():
             directory.remove_parents(path, record, self.layout)
+
+
+def _move(pid: int, home: Layout) -> None:
+    for hierarchy in home.hierarchies:
+        with contextlib.suppress(OSError):
+            directory.write(f"{hierarchy.mount.rstrip('/')}{hierarchy.own.rstrip('/')}/cgroup.procs", str(pid))
 
 
 def _key(hierarchy: Hierarchy) -> str:

@@ -6,13 +6,12 @@ another container a part of it may be missing, read-only, or a subtree.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-from katapy.errors import Unavailable
+from katapy.errors import NotFound, Unavailable
 
 _READ_ONLY: Final = "ro"
 
@@ -29,8 +28,8 @@ class Kind(StrEnum):
 class Hierarchy(NamedTuple):
     """One mounted hierarchy.
 
-    ``mount`` is its directory; ``own`` the caller's own cgroup in it, as a path below ``mount`` that starts with a
-    slash; ``controllers`` is what it can limit ("name=systemd" and the like included, which limit nothing).
+    ``mount`` is its directory; ``own`` the cgroup of the process that was asked about, as a path below ``mount`` that
+    starts with a slash; ``controllers`` is what it carries, "name=systemd" included, which limits nothing.
     """
 
     version: int
@@ -73,14 +72,21 @@ class Layout(NamedTuple):
         return None
 
 
-def find_layout() -> Layout:
-    """Return this host's layout, as this process sees it. Raises Unavailable where /proc cannot be read."""
+def find_layout(pid: int | None = None) -> Layout:
+    """Return this host's layout as this process sees it; ``own`` is where the process ``pid`` is, by default this one.
+
+    Raises NotFound where ``pid`` has ended, Unavailable where /proc cannot be read.
+    """
     try:
-        mounts, own = _read("/proc/self/mountinfo"), _read("/proc/self/cgroup")
+        mounts = _read("/proc/self/mountinfo")
     except FileNotFoundError as error:
-        if os.path.exists("/proc/self/mountinfo"):
-            return Layout(())  # a kernel without cgroups
         raise Unavailable("cannot look for cgroups: /proc is not mounted") from error
+    try:
+        own = _read(f"/proc/{'self' if pid is None else pid}/cgroup")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        if pid is None:
+            return Layout(())  # a kernel without cgroups
+        raise NotFound(f"cannot look for the cgroups of process {pid}: it has ended") from error
     return parse_layout(mounts, own, _controllers_of)
 
 

@@ -167,6 +167,7 @@ class _Manager:
     def __init__(self, connection: DBusConnection, deadline: float) -> None:
         self._connection = connection
         self._deadline = deadline
+        self._subscribed = False
 
     def call(self, method: str, signature: str | None = None, arguments: tuple[Any, ...] = ()) -> tuple[Any, ...]:
         """Call a method and return its results. Raises _Refused."""
@@ -180,9 +181,11 @@ class _Manager:
     def run_job(self, method: str, signature: str, arguments: tuple[Any, ...]) -> None:
         """Call a method that returns a job, and wait for the job's end. Raises _Refused where it is not "done"."""
         rule = MatchRule(type="signal", interface=_MANAGER.interface, member="JobRemoved", path=_MANAGER.object_path)
-        self._send(message_bus.AddMatch(rule))
-        # systemd tells only those who have subscribed.
-        self.call("Subscribe")
+        if not self._subscribed:
+            self._send(message_bus.AddMatch(rule))
+            # systemd tells only those who have subscribed, and refuses to be asked twice.
+            self.call("Subscribe")
+            self._subscribed = True
         # The filter is set before the job: its end may be told before its number is.
         with self._connection.filter(rule, bufsize=1000) as signals:
             (job,) = self.call(method, signature, arguments)

@@ -36,6 +36,7 @@ class FakeSystemd:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.units: dict[str, list[str]] = {}
         self.failed: set[str] = set()
+        self._subscribers: set[str] = set()
         self._directories = directories
         self._connection = open_dbus_connection(address)
         (owned,) = self._connection.send_and_get_reply(message_bus.RequestName("org.freedesktop.systemd1")).body
@@ -82,6 +83,14 @@ class FakeSystemd:
 
     def _error(self, message: Message, name: str) -> None:
         self._connection.send(new_error(message, f"org.freedesktop.systemd1.{name}", "s", (f"{name}!",)))
+
+    def _Subscribe(self, message: Message) -> None:  # noqa: N802 - D-Bus
+        sender = message.header.fields[HeaderFields.sender]
+        if sender in self._subscribers:
+            self._error(message, "AlreadySubscribed")
+        else:
+            self._subscribers.add(sender)
+            self._done(message)
 
     def _StartTransientUnit(self, message: Message) -> None:  # noqa: N802 - D-Bus
         unit, _, properties, _ = message.body

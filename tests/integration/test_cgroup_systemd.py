@@ -148,12 +148,14 @@ def test_a_job_that_never_ends(fake: FakeSystemd, path: CgroupPath, sleeper: sub
 
 
 def test_a_unit_that_runs_is_anothers(fake: FakeSystemd, path: CgroupPath, sleeper: subprocess.Popen[bytes]) -> None:
-    systemd.start_scope(path.unit, path.slice, sleeper.pid, HostLimits(), version=1)
+    """The process of the one that was refused was moved out of where it was."""
+    cgroup = Cgroup.create(path, HostLimits(), layout=find_layout(), pid=sleeper.pid)
     with pytest.raises(AlreadyExists, match="systemd has a unit of this name"):
-        systemd.start_scope(path.unit, path.slice, sleeper.pid, HostLimits(), version=1)
+        Cgroup.create(path, HostLimits(), layout=find_layout(), pid=sleeper.pid)
+    assert processes(cgroup.record) == [sleeper.pid]
     sleeper.kill()
     sleeper.wait()
-    systemd.stop_unit(path.unit)
+    remove(cgroup.record)
 
 
 def test_a_unit_that_has_failed_makes_way(
