@@ -113,6 +113,11 @@ def remove(record: Record, *, timeout: float = _REMOVE_SECONDS) -> None:
     paths = _ours(record, layout)
     for path in paths:
         _wait_empty(path, deadline)
+    # A scope may be systemd's alone; stopping it would kill what is still in it.
+    while record.unit and (pids := processes(record)):
+        if time.monotonic() > deadline:
+            raise Timeout(f"cannot remove {record.unit}: {_listed(pids)} after {timeout:g} s")
+        time.sleep(_RETRY_SECONDS)
     for path in paths:
         if _is_made(path, record):
             _remove_leaf(path, record, deadline, timeout)

@@ -15,6 +15,10 @@ from katapy.errors import InvalidArgument, Unsupported
 
 _SHARES: Final = (2, 262144)  # the kernel's bounds
 NO_LIMIT: Final = -1
+_MIB: Final = 1 << 20
+# What the pod's processes use beside the guest's memory; docs/cgroups.md has the measurement.
+_OVERHEAD: Final = 128 * _MIB
+_EMULATION: Final = 160 * _MIB
 
 
 class DeviceValue(NamedTuple):
@@ -68,6 +72,15 @@ class Setting(NamedTuple):
     value: str
     otherwise: tuple[str, str] | None = None
     needless: bool = False
+
+
+def pod_memory(vm_bytes: int, *, emulated: bool) -> int:
+    """Return the ``memory_bytes`` for a VM of ``vm_bytes``: room for QEMU, virtiofsd, the vsock device and the shim.
+
+    ``emulated`` is without hardware virtualization: QEMU then keeps up to 128 MiB of translated code.
+    """
+    # QEMU and virtiofsd both map the guest's memory: 8 bytes of page table for 4096 each.
+    return vm_bytes + 2 * (vm_bytes >> 9) + _OVERHEAD + (_EMULATION if emulated else 0)
 
 
 def plan_limits(layout: Layout, limits: HostLimits) -> list[Setting]:

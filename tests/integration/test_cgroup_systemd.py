@@ -107,6 +107,19 @@ def test_what_a_killed_owner_left_is_removed_by_the_plan(
     assert fake.units == {}
 
 
+def test_removal_kills_nobody(fake: FakeSystemd, path: CgroupPath, sleeper: subprocess.Popen[bytes]) -> None:
+    """To stop a scope is to kill what is in it."""
+    cgroup = Cgroup.create(path, HostLimits(), layout=find_layout(), pid=sleeper.pid)
+    for each in (cgroup.record, cgroup.record._replace(made=())):
+        with pytest.raises(Timeout, match=rf"cannot remove {path.unit}: processes {sleeper.pid} still in it"):
+            remove(each, timeout=0.1)
+    assert fake.named("StopUnit") == []
+    assert sleeper.poll() is None
+    sleeper.kill()
+    sleeper.wait()
+    remove(cgroup.record)
+
+
 def test_a_failure_after_the_scope_leaves_nothing_and_kills_nobody(
     fake: FakeSystemd, path: CgroupPath, sleeper: subprocess.Popen[bytes]
 ) -> None:

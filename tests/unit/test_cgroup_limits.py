@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from katapy.cgroups.layout import Hierarchy, Layout
-from katapy.cgroups.limits import NO_LIMIT, DeviceValue, HostLimits, plan_limits
+from katapy.cgroups.limits import NO_LIMIT, DeviceValue, HostLimits, plan_limits, pod_memory
 from katapy.errors import InvalidArgument, Unsupported
 
 MIB = 1 << 20
@@ -111,3 +111,9 @@ def test_a_limit_without_its_controller_is_refused_by_name() -> None:
     with pytest.raises(Unsupported, match="cannot limit memory on this host: /c is read-only"):
         planned(locked, {"memory_bytes": MIB})
     assert planned(Layout(()), {}) == []
+
+
+def test_the_overhead_grows_with_page_tables_and_emulation() -> None:
+    assert pod_memory(256 * MIB, emulated=False) == (256 + 1 + 128) * MIB
+    assert pod_memory(256 * MIB, emulated=True) == (256 + 1 + 128 + 160) * MIB
+    assert pod_memory(64 << 30, emulated=False) - (64 << 30) == (256 + 128) * MIB
