@@ -318,6 +318,39 @@ def test_a_relative_path_is_below_or_beside_the_caller(layout: Layout, top: str)
     remove(cgroup.record)
 
 
+@pytest.fixture
+def v2_parent(layout: Layout, top: str) -> Iterator[Path]:
+    """A cgroup in the v2 hierarchy that is not ours; skips where v2 carries no controller to limit with."""
+    hierarchy = layout.find("hugetlb")
+    if hierarchy is None or hierarchy.version == 1:
+        pytest.skip("no hugetlb controller in cgroup v2")
+    path = Path(f"{hierarchy.mount}{top}")
+    path.mkdir()
+    yield path
+    path.rmdir()
+
+
+def test_v2_parent_with_processes_cannot_limit(
+    layout: Layout, top: str, v2_parent: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    (v2_parent / "cgroup.procs").write_text(str(sleeper.pid))
+    with pytest.raises(Unavailable, match=rf"cannot limit hugetlb in cgroup .*{top}: has processes of its own$"):
+        make(layout, f"{top}/c1", HostLimits(hugetlb=(("2MB", 0),)))
+    remove(make(layout, f"{top}/c1").record)  # without that limit, it can be made
+    sleeper.kill()
+    sleeper.wait()
+
+
+def test_v2_parent_that_is_threaded(layout: Layout, top: str, v2_parent: Path) -> None:
+    (v2_parent / "inner").mkdir()
+    (v2_parent / "inner/cgroup.type").write_text("threaded")
+    try:
+        with pytest.raises(Unavailable, match=r"its type is 'domain invalid', a parent is threaded"):
+            make(layout, f"{top}/inner/c1")
+    finally:
+        (v2_parent / "inner").rmdir()
+
+
 CRASH = """
 import json, os, signal, sys
 from katapy.cgroups.cgroup import Cgroup, plan_record
