@@ -276,13 +276,29 @@ def _enable_controllers(path: str, problems: dict[str, str]) -> None:
     """Let the children of ``path`` have every controller that it can give; ``problems`` takes why one cannot."""
     available = directory.read(f"{path}/cgroup.controllers").split()
     enabled = directory.read(f"{path}/cgroup.subtree_control").split()
-    for name in _V2_CONTROLLERS:
-        if name in available and name not in enabled:
-            try:
-                directory.write(f"{path}/cgroup.subtree_control", f"+{name}")
-            except OSError as error:
-                busy = "has processes of its own" if error.errno == errno.EBUSY else _reason(error)
-                problems[name] = f"{printable(path)}: {busy}"
+    missing = [name for name in _V2_CONTROLLERS if name in available and name not in enabled]
+    busy = _is_busy(path) if missing else False
+    for name in missing:
+        if busy:
+            problems[name] = f"{printable(path)}: has processes of its own"
+            continue
+        try:
+            directory.write(f"{path}/cgroup.subtree_control", f"+{name}")
+        except OSError as error:
+            problems[name] = f"{printable(path)}: {_reason(error)}"
+
+
+def _is_busy(path: str) -> bool:
+    """Whether a v2 cgroup other than the root holds processes.
+
+    The kernel would still enable cpu, cpuset and pids in it, but as a threaded domain, in which no other can be made.
+    """
+    try:
+        return os.path.exists(f"{path}/cgroup.type") and bool(directory.read(f"{path}/cgroup.procs").strip())
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return True  # threaded already
 
 
 def _check_v2(path: str, needed: set[str], problems: dict[str, str]) -> None:

@@ -333,10 +333,12 @@ def v2_parent(layout: Layout, top: str) -> Iterator[Path]:
 def test_v2_parent_with_processes_cannot_limit(
     layout: Layout, top: str, v2_parent: Path, sleeper: subprocess.Popen[bytes]
 ) -> None:
+    """Enabling what could be enabled made the parent a threaded domain, and with that its children of no use."""
     (v2_parent / "cgroup.procs").write_text(str(sleeper.pid))
     with pytest.raises(Unavailable, match=rf"cannot limit hugetlb in cgroup .*{top}: has processes of its own$"):
         make(layout, f"{top}/c1", HostLimits(hugetlb=(("2MB", 0),)))
     remove(make(layout, f"{top}/c1").record)  # without that limit, it can be made
+    assert (v2_parent / "cgroup.type").read_text() == "domain\n"
     sleeper.kill()
     sleeper.wait()
 
