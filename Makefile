@@ -48,6 +48,7 @@ $(HELLO)/config.json: build/packages $(wildcard /bin/busybox) $(addprefix $(HELL
 	@$(HELLO)/prepare
 
 test: setup lint ## all tests but the long ones; as root
+	@scripts/setup test-tools
 	@for tests in tests/unit guest-agent/tests tests/integration tests/functional; do \
 		echo "$$tests:"; $(BIN)/pytest -q -m 'not soak' $$tests || exit 1; done
 
