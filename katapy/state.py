@@ -95,6 +95,7 @@ class ProcessRef(NamedTuple):
 class State(NamedTuple):
     """What state.json holds. ``created`` is RFC 3339 in UTC, ``owner`` the uid that made the container.
 
+    ``cgroup`` is what cgroups.directory.Record keeps of the one on the host.
     ``accelerator`` is what executes the VM's instructions, "kvm" or "tcg" (emulation), once it is known.
     """
 
@@ -112,6 +113,7 @@ class State(NamedTuple):
     helpers: tuple[ProcessRef, ...] = ()
     exit_status: int | None = None
     accelerator: str = ""
+    cgroup: dict[str, Any] | None = None
 
 
 def check_id(text: str) -> str:
@@ -380,6 +382,7 @@ def _decode(data: bytes, id: str) -> State:  # noqa: A002
         shim=None if document["shim"] is None else _process_ref(document["shim"]),
         helpers=_helpers(document["helpers"]),
         accelerator=_string(document, "accelerator"),
+        cgroup=_cgroup(document["cgroup"]),
         exit_status=None if document["exit_status"] is None else _number(document, "exit_status", 255),
     )
 
@@ -408,6 +411,13 @@ def _status(document: dict[str, Any]) -> Status:
 def _annotations(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise InvalidArgument(f"{_FILE}: annotations: expected an object of strings")
+    return value
+
+
+def _cgroup(value: object) -> dict[str, Any] | None:
+    # Who removes it checks what is in it.
+    if value is not None and not isinstance(value, dict):
+        raise InvalidArgument(f"{_FILE}: cgroup: expected an object")
     return value
 
 

@@ -57,7 +57,7 @@ def _begun(settings: Settings, wanted: Wanted) -> Iterator[tuple[Pod, Bundle]]:
     bundle = load_bundle(wanted.bundle)
     check_console(terminal=bundle.spec.process.terminal, detached=wanted.detached, socket=wanted.console_socket)
     settings.check_config()
-    launch = Launch(settings.root, settings.config_path, settings.debug, wanted.foreground)
+    launch = Launch(settings.root, settings.config_path, settings.debug, wanted.foreground, settings.systemd_cgroup)
     with Pod.begin(launch, name, bundle) as pod:
         try:
             yield pod, bundle

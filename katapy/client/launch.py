@@ -68,10 +68,19 @@ class StandIn:
             self._ready = -1
 
 
-def start_shim(root: Path, sandbox_id: str, *, debug: bool, config: Path | None, foreground: bool = False) -> Connected:
+def start_shim(
+    root: Path,
+    sandbox_id: str,
+    *,
+    debug: bool,
+    config: Path | None,
+    foreground: bool = False,
+    systemd_cgroup: bool = False,
+) -> Connected:
     """Start the shim of a pod in its directory ``root``/``sandbox_id``, which exists and is private (0700).
 
-    With ``foreground`` the pod ends with the process that the state names as its creator, however that ends.
+    With ``foreground`` the pod ends with the process that the state names as its creator, however that ends; with
+    ``systemd_cgroup`` systemd makes its cgroups.
     Returns at once: a call on the client waits until the shim serves, and raises Unavailable if it dies before.
     Raises AlreadyExists when the directory has had a shim, Unavailable when it cannot be started.
     """
@@ -85,6 +94,7 @@ def start_shim(root: Path, sandbox_id: str, *, debug: bool, config: Path | None,
         argv += ["--socket-fd", str(fds[0]), "--attach-fd", str(fds[1])]
         argv += ["--debug"] if debug else []
         argv += ["--foreground"] if foreground else []
+        argv += ["--systemd-cgroup"] if systemd_cgroup else []
         argv += ["--config", str(config)] if config else []
         client = connect(directory)
         log = _open_log(directory)

@@ -42,14 +42,15 @@ _WARNING: Final = re.compile(rb' level=warning msg=("(?:[^"\\]|\\.)*")')
 class Launch(NamedTuple):
     """What a new shim must know.
 
-    ``root`` of the state directories, an absolute configuration file, whether to log more, and whether the pod ends
-    with this process (``foreground``).
+    ``root`` of the state directories, an absolute configuration file, whether to log more, whether the pod ends with
+    this process (``foreground``), and whether systemd makes cgroups.
     """
 
     root: Path
     config: Path | None
     debug: bool
     foreground: bool
+    systemd_cgroup: bool
 
 
 class Pod:
@@ -83,6 +84,7 @@ class Pod:
                 debug=options.debug,
                 config=options.config,
                 foreground=options.foreground,
+                systemd_cgroup=options.systemd_cgroup,
             )
         except BaseException:
             finish(options.root, container_id)
@@ -333,9 +335,21 @@ def finish(root: Path, container_id: str) -> None:
                     continue
                 for process in state.helpers:
                     _kill(process)
+                _remove_cgroup(state)
                 directory.remove()
         return
     raise Unavailable(f"cannot remove {container_id}: process {owner.pid if owner else 0} cannot be killed")
+
+
+def _remove_cgroup(state: State) -> None:
+    """Remove the cgroup that a shim which was killed has left; its stand-in ends by itself."""
+    if state.cgroup is not None:
+        from katapy.cgroups import directory
+
+        try:
+            directory.remove(directory.Record.parse(state.cgroup))
+        except InvalidArgument as error:
+            raise Internal(f"the state of {state.id} is damaged: {error}") from error
 
 
 def _remove_damaged(root: Path, container_id: str) -> None:

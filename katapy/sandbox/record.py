@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from katapy import run
+from katapy.cgroups.directory import Record as CgroupRecord
 from katapy.errors import NotFound
 from katapy.state import PROCESS_FILE, ProcessRef, State, StateDir, Status
 
@@ -39,6 +40,10 @@ class Record:
         """The container exists and waits for its start; ``process`` is what `exec` starts from."""
         self._directory.write(PROCESS_FILE, process)
         self._update(status=Status.CREATED, accelerator=accelerator)
+
+    def cgroup(self, record: CgroupRecord) -> None:
+        """Note the cgroup on the host, for whoever must clean up when the shim cannot."""
+        self._update(cgroup=record._asdict())
 
     @property
     def state(self) -> State:

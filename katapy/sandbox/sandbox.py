@@ -11,24 +11,23 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from katapy.agent.stdio import open_streams
 from katapy.config import Config
-from katapy.errors import AlreadyExists, InvalidState, KatapyError, NotFound, Timeout, Unavailable
-from katapy.oci.bundle import Bundle, load_bundle
-from katapy.oci.hooks import Hook
+from katapy.errors import AlreadyExists, InvalidState, KatapyError, NotFound, Unavailable
+from katapy.oci.bundle import load_bundle
 from katapy.proto import agent_pb2
-from katapy.sandbox.hooks import require_no_interfaces, run_hook
+from katapy.sandbox.container import Container
+from katapy.sandbox.host import Host, await_stand_in, remove_cgroup
+from katapy.sandbox.host_cgroup import HostCgroup
 from katapy.sandbox.machine import Machine, start_machine
 from katapy.sandbox.process import Exit, GuestProcess, StdioRequest
 from katapy.sandbox.record import Record
-from katapy.sandbox.sizing import vm_size
-from katapy.state import Status, state_json
+from katapy.sandbox.sizing import Size, vm_size
+from katapy.state import Status
 from katapy.storage.shared_dir import TAG, SharedBind
 
 log = logging.getLogger(__name__)
@@ -38,36 +37,18 @@ _REMOVE_DEADLINE: Final = 10.0
 _DESTROY_DEADLINE: Final = 10.0
 # What a process has written may still be on its way to a slow reader when the container is deleted.
 _DRAIN_DEADLINE: Final = 10.0
-# Whoever creates a container has its stand-in ready.
-_ANNOUNCE_DEADLINE: Final = 60.0
 _KILLED: Final = 128 + signal.SIGKILL
-
-
-@dataclass(eq=False)
-class Container:
-    """A container of the pod."""
-
-    bundle: Bundle
-    init: GuestProcess
-    record: Record
-    binds: list[str] = field(default_factory=list)
-    execs: dict[str, GuestProcess] = field(default_factory=dict)
-    exec_specs: dict[str, bytes] = field(default_factory=dict)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    def processes(self) -> list[GuestProcess]:
-        """Return init and the others."""
-        return [self.init, *self.execs.values()]
 
 
 class Sandbox:
     """A pod. ``directory`` is its private directory below ``root``; the first container brings up the VM."""
 
-    def __init__(self, root: Path, sandbox_id: str, record: Record, config: Config, host_mounts: int) -> None:
+    def __init__(self, root: Path, sandbox_id: str, record: Record, config: Config, host: Host) -> None:
         self.root, self.id, self.directory = root, sandbox_id, root / sandbox_id
         self._record = record
         self._config = config
-        self._host_mounts = host_mounts
+        self._host = host
+        self._cgroup: HostCgroup | None = None
         self._added = asyncio.Condition()
         self._creating: set[asyncio.Task[Any]] = set()
         self._closing = False
@@ -117,7 +98,7 @@ class Sandbox:
             spec = await asyncio.to_thread(self._share, machine, container)
             log.debug("%s: files shared", container_id)
             process.guest_pid = await machine.guarded(self._create_in_guest(machine, process, names, spec))
-            await self._run_hooks(container, "createContainer", bundle.spec.hooks.create_container)
+            await self._host.finish(container)
         except BaseException:
             await self._forget(container)
             raise
@@ -130,35 +111,19 @@ class Sandbox:
 
     async def _prepare(self, container: Container) -> Machine:
         """Boot the VM, and meanwhile do what the host has to do for a container."""
+        await await_stand_in(container.init)
+        if container.id == self.id:
+            self._cgroup = await self._host.make_pod_cgroup(container, self._size(container), self._config)
+        else:
+            await self._host.make_member_cgroup(container)
         boot = asyncio.create_task(self._running_machine(container), name="boot the VM")
         try:
-            await self._prepare_host(container)
+            await self._host.prepare(container)
             return await boot
         finally:
             if not boot.done():
                 boot.cancel()
                 await asyncio.wait([boot])
-
-    async def _prepare_host(self, container: Container) -> None:
-        process, spec = container.init, container.bundle.spec
-        if process.stdio.names():
-            try:
-                await asyncio.wait_for(process.announced.wait(), _ANNOUNCE_DEADLINE)
-            except TimeoutError as error:
-                raise Timeout(f"nobody came for the streams of {process.container_id}") from error
-        hooks = spec.hooks
-        await self._run_hooks(container, "prestart", hooks.prestart)
-        await self._run_hooks(container, "createRuntime", hooks.create_runtime)
-        if spec.linux.namespace("network") is not None and process.host_pid:
-            require_no_interfaces(process.host_pid, process.container_id)
-
-    async def _run_hooks(self, container: Container, point: str, hooks: Sequence[Hook]) -> None:
-        for index, hook in enumerate(hooks):
-            await self._run_hook(container, f"hooks.{point}[{index}]", hook, state_json(container.record.state))
-
-    async def _run_hook(self, container: Container, name: str, hook: Hook, state: Mapping[str, Any]) -> None:
-        bundle = container.bundle.path
-        await run_hook(name, hook, state=state, mount_namespace=self._host_mounts, bundle=bundle)
 
     async def expect(self, container_id: str, exec_id: str) -> GuestProcess:
         """Return a process, waiting for a container that is yet to be created. Raises NotFound for an exec."""
@@ -189,10 +154,10 @@ class Sandbox:
     async def _after_start(self, container: Container) -> None:
         """Run the poststart hooks; a container whose hooks fail must not go on."""
         try:
-            await self._run_hooks(container, "poststart", container.bundle.spec.hooks.poststart)
+            await self._host.run_hooks(container, "poststart", container.bundle.spec.hooks.poststart)
         except KatapyError:
             with suppress(KatapyError):
-                await self.kill(container.init.container_id, "", signal.SIGKILL, everyone=True)
+                await self.kill(container.id, "", signal.SIGKILL, everyone=True)
             raise
 
     def add_exec(self, container_id: str, exec_id: str, process_json: bytes, stdio: StdioRequest) -> None:
@@ -282,6 +247,8 @@ class Sandbox:
                 await asyncio.wait([self._failure_watch])
             self._failure_watch.cancel()
         await self._stack.aclose()
+        cgroup, self._cgroup = self._cgroup, None
+        await remove_cgroup(cgroup)
 
     def remove(self) -> None:
         """Remove the pod's own directory, as the very last thing."""
@@ -308,7 +275,7 @@ class Sandbox:
                         self.id,
                         self.directory,
                         self._config,
-                        vm_size(self._config, spec, host_cpus=os.cpu_count() or 1),
+                        self._size(container),
                         container.record.helpers,
                     )
                 )
@@ -318,6 +285,9 @@ class Sandbox:
                 self._machine = machine
                 self._failure_watch = asyncio.create_task(self._on_failure(machine), name="watch the machine")
         return self._alive()
+
+    def _size(self, container: Container) -> Size:
+        return vm_size(self._config, container.bundle.spec, host_cpus=os.cpu_count() or 1)
 
     def _share(self, machine: Machine, container: Container) -> bytes:
         """Put the container's files into the staging tree; return the configuration as the guest must see it."""
@@ -368,6 +338,8 @@ class Sandbox:
 
     async def _on_failure(self, machine: Machine) -> None:
         error = await machine.failure()
+        if self._cgroup is not None and self._cgroup.oom_kills():
+            error = Unavailable(f"{error}\nthe host ran out of memory for the pod, and killed it")
         log.error("%s", error)
         for container in self._containers.values():
             for process in container.processes():
@@ -391,15 +363,8 @@ class Sandbox:
                 await asyncio.to_thread(machine.parts.tree.remove, container_id, container.binds)
         finally:
             self._containers.pop(container_id, None)
-            await self._run_poststop_hooks(container)
+            await self._host.run_poststop_hooks(container)
+            # In that of the pod is still the VM.
             if container_id != self.id:
+                await remove_cgroup(container.cgroup)
                 container.record.remove()
-
-    async def _run_poststop_hooks(self, container: Container) -> None:
-        """Run each, whatever becomes of the others; after a create that failed too, to undo what its hooks did."""
-        state = {**state_json(container.record.state), "status": Status.STOPPED.value, "pid": 0}
-        for index, hook in enumerate(container.bundle.spec.hooks.poststop):
-            try:
-                await self._run_hook(container, f"hooks.poststop[{index}]", hook, state)
-            except KatapyError as error:
-                log.warning("%s: %s", container.init.container_id, error)

@@ -19,9 +19,11 @@ from typing import Final
 
 from katapy import log as logs
 from katapy import run
+from katapy.cgroups.path import Driver
 from katapy.config import Config
 from katapy.errors import NotFound
 from katapy.proto import task_pb2
+from katapy.sandbox.host import Host
 from katapy.sandbox.record import Record
 from katapy.sandbox.sandbox import Sandbox
 from katapy.shim.attach import AttachServer
@@ -48,6 +50,7 @@ def main() -> int:
     parser.add_argument("--attach-fd", type=int, required=True)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--foreground", action="store_true")
+    parser.add_argument("--systemd-cgroup", action="store_true")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args()
     logs.setup(debug=options.debug)
@@ -65,7 +68,9 @@ async def _serve(options: argparse.Namespace, host_mounts: int) -> None:
     except NotFound:
         log.debug("sandbox %s was removed before it began", options.id)
         return
-    sandbox = Sandbox(root, options.id, record, Config.load(options.config), host_mounts)
+    driver = Driver.SYSTEMD if options.systemd_cgroup else Driver.CGROUPFS
+    host = Host(host_mounts, driver, record.creator.pid if record.creator else 0)
+    sandbox = Sandbox(root, options.id, record, Config.load(options.config), host)
     service = TaskService(sandbox)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,0 +1,140 @@
+"""What the host does for a container beside its VM: its stand-in, its cgroup, its hooks.
+
+The sandbox says when. Source of the order: runtime-spec 1.2, runtime.md, "Lifecycle".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from katapy.cgroups.layout import Layout, find_layout
+from katapy.cgroups.limits import HostLimits
+from katapy.cgroups.path import Driver
+from katapy.config import Config
+from katapy.errors import KatapyError, Timeout
+from katapy.hypervisor.accel import Kind, probe, require
+from katapy.oci.hooks import Hook
+from katapy.sandbox.container import Container
+from katapy.sandbox.hooks import require_no_interfaces, run_hook
+from katapy.sandbox.host_cgroup import HostCgroup, boot_limits, run_limits
+from katapy.sandbox.process import GuestProcess
+from katapy.sandbox.sizing import Size
+from katapy.state import Status, state_json
+
+log = logging.getLogger(__name__)
+
+# Whoever creates a container has its stand-in ready.
+_ANNOUNCE_DEADLINE: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a pod was started.
+
+    ``mounts`` is a descriptor of the host's mount namespace, ``driver`` who makes cgroups, ``creator`` the pid of the
+    command that made the pod, which may stand for a container without being one of the pod's own processes.
+    Made before this process moves into a cgroup of its own: relative paths start where it is now.
+    """
+
+    mounts: int
+    driver: Driver
+    creator: int
+    layout: Layout = field(default_factory=find_layout)
+
+    async def prepare(self, container: Container) -> None:
+        """Run the hooks that come before the container is made; what they connect it to must be something we serve.
+
+        Raises Unavailable or Timeout.
+        """
+        hooks, process = container.bundle.spec.hooks, container.init
+        await self.run_hooks(container, "prestart", hooks.prestart)
+        await self.run_hooks(container, "createRuntime", hooks.create_runtime)
+        if container.bundle.spec.linux.namespace("network") is not None and process.host_pid:
+            require_no_interfaces(process.host_pid, container.id)
+
+    async def finish(self, container: Container) -> None:
+        """Do what comes after the container was made and before it runs. Raises Unavailable or Timeout."""
+        spec = container.bundle.spec
+        await self.run_hooks(container, "createContainer", spec.hooks.create_container)
+        if container.cgroup is not None:
+            await asyncio.to_thread(container.cgroup.update, run_limits(spec.linux.resources, self.layout))
+
+    async def run_hooks(self, container: Container, point: str, hooks: Sequence[Hook]) -> None:
+        """Run the hooks of one ``point`` of the container's life; the first failure is raised."""
+        for index, hook in enumerate(hooks):
+            await self._run_hook(container, f"hooks.{point}[{index}]", hook, state_json(container.record.state))
+
+    async def run_poststop_hooks(self, container: Container) -> None:
+        """Run each, whatever becomes of the others; after a create that failed too, to undo what its hooks did."""
+        state = {**state_json(container.record.state), "status": Status.STOPPED.value, "pid": 0}
+        for index, hook in enumerate(container.bundle.spec.hooks.poststop):
+            try:
+                await self._run_hook(container, f"hooks.poststop[{index}]", hook, state)
+            except KatapyError as error:
+                log.warning("%s: %s", container.id, error)
+
+    async def _run_hook(self, container: Container, name: str, hook: Hook, state: Mapping[str, Any]) -> None:
+        bundle = container.bundle.path
+        await run_hook(name, hook, state=state, mount_namespace=self.mounts, bundle=bundle)
+
+    async def make_pod_cgroup(self, container: Container, size: Size, config: Config) -> HostCgroup:
+        """Make the cgroup of the pod, which its first container names, and move this process into it.
+
+        Raises KatapyError where it cannot be made.
+        """
+        acceleration = require(await probe(), config.hypervisor)
+        limits = boot_limits(
+            container.bundle.spec,
+            vcpus=size.vcpus,
+            memory_bytes=size.memory_bytes,
+            emulated=acceleration.kind is not Kind.KVM,
+            layout=self.layout,
+        )
+        cgroup = await self._make_cgroup(container, limits, os.getpid())
+        if self._stands_alone(container.init):
+            await asyncio.to_thread(cgroup.add, container.init.host_pid)
+        return cgroup
+
+    async def make_member_cgroup(self, container: Container) -> None:
+        """Make the cgroup of a further container: its stand-in is in it, and what it may use is the pod's.
+
+        Raises KatapyError where it cannot be made.
+        """
+        if self._stands_alone(container.init):
+            await self._make_cgroup(container, HostLimits(), container.init.host_pid)
+
+    async def _make_cgroup(self, container: Container, limits: HostLimits, pid: int) -> HostCgroup:
+        def make() -> HostCgroup:
+            spec, save = container.bundle.spec, container.record.cgroup
+            return HostCgroup.create(
+                container.id, spec, limits, driver=self.driver, layout=self.layout, pid=pid, save=save
+            )
+
+        container.cgroup = await asyncio.to_thread(make)
+        return container.cgroup
+
+    def _stands_alone(self, process: GuestProcess) -> bool:
+        return process.host_pid not in (0, self.creator)
+
+
+async def await_stand_in(process: GuestProcess) -> None:
+    """Wait until it is known which process of the host stands for ``process``, if any shall. Raises Timeout."""
+    if process.stdio.names():
+        try:
+            await asyncio.wait_for(process.announced.wait(), _ANNOUNCE_DEADLINE)
+        except TimeoutError as error:
+            raise Timeout(f"nobody came for the streams of {process.container_id}") from error
+
+
+async def remove_cgroup(cgroup: HostCgroup | None) -> None:
+    """Remove a cgroup; one that cannot be removed is left behind with a warning."""
+    if cgroup is not None:
+        try:
+            await asyncio.to_thread(cgroup.remove)
+        except KatapyError as error:
+            log.warning("%s", error)
