@@ -6,6 +6,7 @@ process is the subreaper of everything it starts, so an orphan cannot hide.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -49,7 +50,14 @@ def _mounts() -> list[str]:
 
 
 def _cgroups() -> set[str]:
-    return {directory for directory, _, _ in os.walk("/sys/fs/cgroup")}
+    found, pending = set(), ["/sys/fs/cgroup"]
+    while pending:
+        path = pending.pop()
+        found.add(path)
+        # One that goes away meanwhile, with all below it, is none.
+        with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+            pending += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return found
 
 
 def _reap_adopted() -> None:
