@@ -53,3 +53,38 @@ def test_exec_beside_cgroups_of_the_container(katapy: Katapy, bundle: MakeBundle
         katapy("kill", "c1", "KILL", check=True)
         process.wait(DEADLINE)
     assert done.stdout == b"0::/init/it\n", done.stderr
+
+
+def test_mounts_inside_a_read_only_root(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
+    """An overlay covers such a root, and whatever was mounted in it was "Object is remote"."""
+    rootfs = make_busybox(tmp_path / "rootfs")
+    (rootfs / "srv").mkdir(mode=0o711)
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    (volume / "file").write_text("volume")
+    places = [rootfs / "data", rootfs / "data/in", rootfs / "data-x", rootfs / "srv/a b"]
+
+    def edit(spec: dict[str, Any]) -> None:
+        spec["root"]["readonly"] = True
+        mount = {"destination": "/data/volume", "type": "bind", "source": str(volume), "options": ["rbind"]}
+        spec["mounts"] += [mount, {"destination": "/new/place", "type": "tmpfs", "source": "tmpfs"}]
+
+    script = """
+        cat /data/file /data/in/file /data-x/file "/srv/a b/file" /data/volume/file; touch /new/place/x
+        for path in / /data /data/in "/srv/a b" /data-x /srv /new; do touch "$path/x"; done 2>&1 | grep -c Read-only
+        stat -c %a /srv; ls /
+    """
+    try:
+        for place in places:
+            place.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
+            (place / "file").write_text(f"{place.name}\n")
+        (rootfs / "data/volume").mkdir()
+        done = katapy("run", "--bundle", bundle(sh(script), rootfs=rootfs, edit=edit), "c1")
+    finally:
+        for place in reversed(places):
+            if place.is_mount():
+                subprocess.run(["umount", place], check=True)
+    lines = done.stdout.decode().splitlines()
+    assert lines[:4] == ["data", "in", "data-x", "a b"], done.stderr
+    assert lines[4:7] == ["volume7", "711", "bin"], done.stderr
