@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -100,7 +101,8 @@ def build(spec: Spec, sources: Sources) -> int:
             linux.move_mount(sources.nodes, top)
         # On top of the VM's root: the one directory that is there and can be reached whatever the user namespace.
         linux.move_mount(sources.root, top)
-        root = _cover(sources.root, top) if spec.root.readonly else sources.root
+        places = [mount.destination for mount in spec.mounts]
+        root = _cover(sources.root, top, places) if spec.root.readonly else sources.root
     for index, mount in enumerate(spec.mounts):
         with doing(f"mount {mount.destination}"):
             _mount(root, mount, sources.trees.get(index))
@@ -139,23 +141,62 @@ def _clone_private(path: str, *, recursive: bool, flag: int) -> int:
     return tree
 
 
-def _cover(lower: int, top: int) -> int:
-    """Put an overlay over the root ``lower``, which itself cannot take new mount points; return the overlay."""
+def _cover(lower: int, top: int, places: Sequence[str]) -> int:
+    """Put an overlay over the root ``lower``, which itself cannot take new mount points; return the overlay.
+
+    ``places`` are where something will be mounted on it.
+    """
     # Attached, for overlay only takes layers of this mount namespace; the tmpfs goes away with the VM's old root.
     with closing(mounts.new_filesystem("tmpfs", source="tmpfs", attributes=0, data=_SMALL)) as scratch:
         linux.move_mount(scratch, top)
-        for name in ("upper", "work"):
-            os.mkdir(name, 0o755, dir_fd=scratch)
-        status = os.fstat(lower)
-        os.chmod("upper", stat.S_IMODE(status.st_mode), dir_fd=scratch)
-        # An owner that the user namespace does not know cannot be given.
-        with contextlib.suppress(OSError):
-            os.chown("upper", status.st_uid, status.st_gid, dir_fd=scratch)
-        base = f"/proc/self/fd/{scratch}"
-        data = (("lowerdir", f"/proc/self/fd/{lower}"), ("upperdir", f"{base}/upper"), ("workdir", f"{base}/work"))
+        below, upper, work = f"/proc/self/fd/{lower}", f"/proc/self/fd/{scratch}/upper", f"/proc/self/fd/{scratch}/work"
+        os.mkdir(work, 0o755)
+        _copy_directory(f"{below}/.", upper)
+        for place in places:
+            with doing(f"make room for a mount at {place}"):
+                _hide_submount(below, upper, place)
+        data = (("lowerdir", below), ("upperdir", upper), ("workdir", work))
         overlay = mounts.new_filesystem("overlay", source="overlay", attributes=0, data=data)
     linux.move_mount(overlay, top)
     return overlay
+
+
+def _copy_directory(source: str, copy: str) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(copy)
+    status = os.stat(source)
+    os.chmod(copy, stat.S_IMODE(status.st_mode))
+    # An owner that the user namespace does not know cannot be given.
+    with contextlib.suppress(OSError):
+        os.chown(copy, status.st_uid, status.st_gid)
+
+
+def _hide_submount(lower: str, upper: str, place: str) -> None:
+    """Hide a submount of the lower layer that ``place`` is at or in behind an empty directory of the upper one.
+
+    An overlay does not look into a submount of virtio-fs (EREMOTE): nothing could be mounted there.
+    """
+    way = _find_submount(lower, place)
+    for path in way:
+        _copy_directory(f"{lower}{path}", f"{upper}{path}")
+    if way:
+        os.setxattr(f"{upper}{way[-1]}", "trusted.overlay.opaque", b"y")
+
+
+def _find_submount(lower: str, place: str) -> list[str]:
+    """Return the directories on the way to the first submount that ``place`` is at or in, that one last; or nothing."""
+    device, way, path = os.stat(f"{lower}/.").st_dev, [], ""
+    # What is missing or out of reach is for the making of the mount point to report.
+    with contextlib.suppress(OSError):
+        for name in os.path.normpath(place).strip("/").split("/"):
+            path = f"{path}/{name}"
+            way.append(path)
+            if not stat.S_ISDIR(os.lstat(f"{lower}{path}").st_mode):
+                break
+            # Only at the dot the kernel goes into it.
+            if os.stat(f"{lower}{path}/.").st_dev != device:
+                return way
+    return []
 
 
 def _mount(root: int, mount: Mount, tree: int | None) -> None:

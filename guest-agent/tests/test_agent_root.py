@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import grpc
 import pytest
+from container_lab import find_hierarchy
 from google.protobuf.message_factory import GetMessageClass
 from katapy_agent import agent_pb2 as pb
 
@@ -114,6 +116,9 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
         client.call("DestroySandbox")
         client.close()
         served.kill()
+    # Others' agents on this machine may be in there, too.
+    with contextlib.suppress(OSError):
+        (find_hierarchy() / "katapy").rmdir()
 
 
 def read_all(connection: socket.socket) -> bytes:

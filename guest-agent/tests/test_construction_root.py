@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from container_lab import Lab, open_lab
+from container_lab import Lab, find_hierarchy, open_lab
 from katapy_agent import cgroups, config, devices, errors, linux, schema, seccomp
 from katapy_agent.resources import DeviceRule, Resources
 
@@ -710,14 +710,6 @@ def test_domain_name(lab: Lab) -> None:
 # -- device program -------------------------------------------------------------------------------------------------
 
 
-def find_hierarchy() -> Path:
-    """Return where this machine has cgroup v2; beside v1 it has no controllers, but takes device programs."""
-    for line in Path("/proc/mounts").read_text().splitlines():
-        if line.split()[2] == "cgroup2":
-            return Path(line.split()[1])
-    pytest.skip("no cgroup v2 here")
-
-
 @pytest.fixture
 def cgroup2() -> Iterator[Path]:
     """A leaf of the cgroup v2 hierarchy of this machine."""
@@ -810,35 +802,24 @@ def resources(**values: object) -> Resources:
     return schema.decode(Resources, values)
 
 
-def test_cgroup_is_made_once_and_removed() -> None:
-    hierarchy = find_hierarchy()
-    name = f"test-{os.getpid()}"
-    cgroup = cgroups.Cgroup.create(name, Resources(), root=hierarchy)
-    try:
-        with pytest.raises(errors.AlreadyExists):
-            cgroups.Cgroup.create(name, Resources(), root=hierarchy)
-        assert opens_in(cgroup.path, [("/dev/null", os.O_RDWR), ("/dev/kmsg", os.O_RDONLY)]) == [True, False]
-        assert cgroup.stats().pids.current in (0, 1)
-        nested = [(cgroup.path / f"cgroup.max.{name}").read_text().strip() for name in ("depth", "descendants")]
-        assert nested == ["32", "1024"]
-    finally:
-        cgroup.remove()
-        (hierarchy / "katapy").rmdir()
-
-
-def test_cgroup_of_a_container_with_a_reserved_name() -> None:
-    """The kernel has a file of that name where the leaf was to be."""
-    hierarchy = find_hierarchy()
-    cgroup = cgroups.Cgroup.create("cgroup.procs", Resources(), root=hierarchy)
-    assert cgroup.path.is_dir()
+def test_cgroup_is_made_once_and_removed(cgroup2: Path) -> None:
+    cgroup = cgroups.Cgroup.create("c1", Resources(), root=cgroup2)
+    with pytest.raises(errors.AlreadyExists):
+        cgroups.Cgroup.create("c1", Resources(), root=cgroup2)
+    assert opens_in(cgroup.path, [("/dev/null", os.O_RDWR), ("/dev/kmsg", os.O_RDONLY)]) == [True, False]
+    assert cgroup.stats().pids.current in (0, 1)
+    nested = [(cgroup.path / f"cgroup.max.{name}").read_text().strip() for name in ("depth", "descendants")]
+    assert nested == ["32", "1024"]
     cgroup.remove()
-    (hierarchy / "katapy").rmdir()
+    assert not cgroup.path.exists()
 
 
-def test_refused_limit_leaves_no_cgroup() -> None:
-    hierarchy = find_hierarchy()
-    name = f"test-{os.getpid()}"
+def test_cgroup_of_a_container_with_a_reserved_name(cgroup2: Path) -> None:
+    """The kernel has a file of that name where the leaf was to be."""
+    assert cgroups.Cgroup.create("cgroup.procs", Resources(), root=cgroup2).path.is_dir()
+
+
+def test_refused_limit_leaves_no_cgroup(cgroup2: Path) -> None:
     with pytest.raises(errors.KatapyError, match=r"pids\.nonsense"):
-        cgroups.Cgroup.create(name, resources(unified={"pids.nonsense": "1"}), root=hierarchy)
-    assert not (hierarchy / "katapy" / name).exists()
-    (hierarchy / "katapy").rmdir()
+        cgroups.Cgroup.create("c1", resources(unified={"pids.nonsense": "1"}), root=cgroup2)
+    assert [path for path in (cgroup2 / "katapy").iterdir() if path.is_dir()] == []

@@ -11,9 +11,10 @@ import stat
 from dataclasses import dataclass
 from typing import Final
 
-from katapy.errors import InvalidArgument, NotFound
+from katapy.errors import InvalidArgument, NotFound, Unsupported
 from katapy.jsonfile import printable, read
 from katapy.oci.spec import Spec, parse_spec
+from katapy.tree import mounts_below
 
 CONFIG: Final = "config.json"
 
@@ -31,7 +32,8 @@ def load_bundle(path: str) -> Bundle:
     """Read and check the bundle in the directory ``path``.
 
     Raises NotFound where directory, config.json, root file system or the source of a bind mount is missing,
-    InvalidArgument or Unsupported where config.json is wrong.
+    InvalidArgument or Unsupported where config.json is wrong. What is mounted in a read-only root file system becomes
+    a mount of the specification's.
     """
     directory = _resolve_directory(path, f"bundle {printable(path)}")
     file = f"{directory}/{CONFIG}"
@@ -42,7 +44,22 @@ def load_bundle(path: str) -> Bundle:
     for bind in spec.bind_mounts:
         if not os.path.exists(bind.source):
             raise NotFound(f"{printable(file)}: mounts[{bind.index}].source: no such path: {printable(bind.source)}")
+    if spec.root.read_only and (paths := _mounts_inside(rootfs)):
+        # The guest puts an overlay over a read-only root, which shows nothing of what is mounted in it.
+        if spec.linux.namespace("user"):
+            problem = f"{printable(paths[0])} is a mount of its own, which is not supported in a user namespace"
+            raise Unsupported(f"{printable(file)}: root.readonly: {problem}")
+        spec = spec.with_root_mounts(rootfs, paths)
     return Bundle(directory, rootfs, spec)
+
+
+def _mounts_inside(rootfs: str) -> list[str]:
+    """Return the directories in a root file system, as paths from there, on which something is mounted: the topmost."""
+    found: list[str] = []
+    for path in sorted(set(mounts_below(rootfs))):
+        if path != rootfs and os.path.isdir(path) and not any(path.startswith(f"{above}/") for above in found):
+            found.append(path)
+    return [path.removeprefix(rootfs) for path in found]
 
 
 def _resolve_directory(path: str, what: str) -> str:

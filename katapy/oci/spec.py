@@ -10,8 +10,8 @@ Members that the specification does not know are ignored, as it demands, and so 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from katapy.errors import Internal, Unsupported
@@ -169,6 +169,22 @@ class Spec:
             BindMount(index, self._on_host(mount.source), mount.destination, mount.read_only, "rbind" in mount.options)
             for index, mount in enumerate(self.mounts)
             if mount.is_bind
+        )
+
+    def with_root_mounts(self, rootfs: str, paths: Sequence[str]) -> Spec:
+        """Return this configuration with bind mounts, ahead of its own, of what is mounted on ``paths`` in the root.
+
+        ``rootfs`` is the root file system on the host, ``paths`` start at it. Recursive and read-only, like the root.
+        """
+        added = [
+            {"destination": path, "type": "bind", "source": f"{rootfs}{path}", "options": ["rbind", "rro"]}
+            for path in paths
+        ]
+        mounts = [*added, *(self._document.get("mounts") or ())]
+        return replace(
+            self,
+            mounts=Node({"mounts": mounts}, "the root's mounts").need("mounts", array(_mount)),
+            _document={**self._document, "mounts": mounts},
         )
 
     def to_guest(self, *, root: str, sources: Mapping[int, str]) -> bytes:

@@ -96,6 +96,23 @@ def test_an_absolute_rootfs_may_be_anywhere(bundle: Path, tmp_path: Path) -> Non
     assert load_bundle(str(bundle)).rootfs == f"{tmp_path}/elsewhere"
 
 
+def test_mounts_inside_a_read_only_rootfs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nested ones only the outermost counts, files not at all; and a user namespace cannot have them."""
+    rootfs = bundle / "rootfs"
+    for name in ("a/in", "a-x", "b c"):
+        (rootfs / name).mkdir(parents=True)
+    (rootfs / "file").touch()
+    points = [str(rootfs / name) for name in (".", "a", "a", "a/in", "a-x", "b c", "file", "gone")]
+    monkeypatch.setattr("katapy.oci.bundle.mounts_below", lambda _path: points)
+    assert [bind.destination for bind in load_bundle(str(bundle)).spec.bind_mounts] == ["/a", "/a-x", "/b c"]
+    write(bundle, {**default_spec(), "root": {"path": "rootfs"}})
+    assert load_bundle(str(bundle)).spec.bind_mounts == ()
+    write(bundle, default_spec(rootless=True))
+    assert message_of(bundle).endswith(
+        "root.readonly: /a is a mount of its own, which is not supported in a user namespace"
+    )
+
+
 def test_a_missing_bind_source(tmp_path: Path) -> None:
     (tmp_path / "rootfs").mkdir()
     write(tmp_path, {**default_spec(), "mounts": [{"destination": "/d", "type": "bind", "source": "data"}]})

@@ -184,6 +184,18 @@ def test_bind_mounts() -> None:
     )
 
 
+def test_mounts_inside_the_root_come_first() -> None:
+    spec = spec_of(changed("mounts", [{"destination": "/a/b", "type": "tmpfs"}])).with_root_mounts("/r", ["/a", "/c d"])
+    assert spec.bind_mounts == (
+        BindMount(0, "/r/a", "/a", read_only=True, recursive=True),
+        BindMount(1, "/r/c d", "/c d", read_only=True, recursive=True),
+    )
+    sent = json.loads(spec.to_guest(root="/g", sources={0: "/g0", 1: "/g1"}))["mounts"]
+    assert [(mount["destination"], mount.get("source")) for mount in sent] == [
+        *(("/a", "/g0"), ("/c d", "/g1"), ("/a/b", None)),
+    ]
+
+
 def test_to_guest_golden() -> None:
     document = {
         "ociVersion": "1.2.0",
