@@ -11,6 +11,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Final
 
+from katapy.errors import Unsupported
 from katapy.jsonfile import shown
 from katapy.oci.node import (
     ID_MAX,
@@ -128,7 +129,6 @@ class WeightDevice:
     major: int
     minor: int
     weight: int
-    leaf_weight: int | None
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,6 @@ class BlockIo:
     """Weights and rates of block devices."""
 
     weight: int | None
-    leaf_weight: int | None
     weight_devices: tuple[WeightDevice, ...]
     read_bps: tuple[ThrottleDevice, ...]
     write_bps: tuple[ThrottleDevice, ...]
@@ -381,9 +380,9 @@ def _cpu_list(node: Node) -> str:
 
 
 def _block_io(node: Node) -> BlockIo:
+    _refuse_leaf_weight(node)
     return BlockIo(
         weight=node.get("weight", _weight, None),
-        leaf_weight=node.get("leafWeight", _weight, None),
         weight_devices=node.each("weightDevice", _weight_device),
         read_bps=node.each("throttleReadBpsDevice", _throttle),
         write_bps=node.each("throttleWriteBpsDevice", _throttle),
@@ -397,13 +396,14 @@ def _weight(node: Node) -> int | None:
 
 
 def _weight_device(node: Node) -> WeightDevice:
-    return WeightDevice(
-        node.need("major", uint32),
-        node.need("minor", uint32),
-        # The other, leafWeight, has no counterpart in the guest's cgroup v2.
-        node.need("weight", integer(10, 1_000)),
-        node.get("leafWeight", _weight, None),
-    )
+    _refuse_leaf_weight(node)
+    return WeightDevice(node.need("major", uint32), node.need("minor", uint32), node.need("weight", integer(10, 1_000)))
+
+
+def _refuse_leaf_weight(node: Node) -> None:
+    # Linux has none any more, and cgroup v2 never had.
+    if node.get("leafWeight", _weight, None):
+        node.child("leafWeight").fail("not supported", Unsupported)
 
 
 def _throttle(node: Node) -> ThrottleDevice:

@@ -200,6 +200,11 @@ class Spec:
         if self.hooks.start_container:
             document["hooks"] = {"startContainer": self._document["hooks"]["startContainer"]}
         document["root"] = {**document["root"], "path": root}
+        resources = self._document.get("linux", {}).get("resources") or {}
+        if "blockIO" in resources:
+            # Its devices are the host's, and so is whoever reads and writes them for the container.
+            limits = {key: value for key, value in resources.items() if key != "blockIO"}
+            document["linux"] = {**document["linux"], "resources": limits}
         if self.joined_namespaces:
             # The paths are the host's; what is joined in the guest is said beside the document.
             kept = [{"type": namespace.type} for namespace in self.linux.namespaces if not namespace.path]

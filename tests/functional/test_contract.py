@@ -290,6 +290,24 @@ def test_the_pod_is_in_its_cgroup_on_the_host(katapy: Katapy, bundle: MakeBundle
     assert _cgroup_of(os.getpid()) == own
 
 
+def test_block_io_is_limited_on_the_host(katapy: Katapy, bundle: MakeBundle) -> None:
+    """A container's files are read and written by virtiofsd: a limit in the guest would limit nothing."""
+    device = os.stat("/").st_dev
+
+    def edit(spec: dict[str, Any]) -> None:
+        rate = [{"major": os.major(device), "minor": os.minor(device), "rate": 1 << 20}]
+        spec["linux"]["resources"]["blockIO"] = {"throttleReadBpsDevice": rate, "throttleWriteIOPSDevice": rate}
+
+    katapy.detach("run", "--detach", "--bundle", bundle(["sleep", "1000"], edit=edit), "c1")
+    state = json.loads((katapy.root / "c1/state.json").read_text())
+    files = ("blkio.throttle.read_bps_device", "blkio.throttle.write_iops_device", "io.max")
+    paths = [Path(directory) / name for directory in state["cgroup"]["paths"].values() for name in files]
+    text = " ".join(path.read_text() for path in paths if path.exists())
+    assert text.count(f"{os.major(device)}:{os.minor(device)}") in (1, 2)  # one line in v2, two files in v1
+    assert text.count(str(1 << 20)) == 2
+    katapy("delete", "--force", "c1", check=True)
+
+
 def test_the_command_itself_stays_where_it_was(katapy: Katapy, bundle: MakeBundle) -> None:
     """A foreground run stands for its container, but its cgroup is its caller's."""
     with katapy.start("run", "--bundle", bundle(["sh", "-c", "echo up; cat"]), "c1", stdin=-1, stdout=-1) as process:
