@@ -27,7 +27,7 @@ def _commands(group: click.Group, prefix: str) -> Iterator[tuple[str, click.Comm
 def test_every_verb_and_option_is_documented() -> None:
     for name, command in _commands(cli, "katapy"):
         # In all its forms, each with the lines that continue it.
-        usage = "".join(re.findall(rf"^{re.escape(name)}\b.*\n(?:  .*\n)*", PAGE, re.MULTILINE))
+        usage = "".join(re.findall(rf"^.*{re.escape(name)}\b.*\n(?:  .*\n)*", PAGE, re.MULTILINE))
         assert usage, f"{name} is missing"
         for parameter in command.params:
             if isinstance(parameter, click.Option):
