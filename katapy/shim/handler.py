@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import suppress
 
-from katapy.errors import NotFound
+from katapy.errors import KatapyError, NotFound
 from katapy.sandbox.sandbox import Sandbox
 from katapy.shim.attach import Attached
 from katapy.state import Status
@@ -41,9 +42,15 @@ class AttachHandler:
         return (await self._sandbox.process(container_id, exec_id).wait()).status
 
     async def detached(self, container_id: str, exec_id: str) -> None:
-        """Note that the streams of a process are done with; an exec that has ended is forgotten by that."""
+        """Note that the streams of a process are done with; an exec that has ended is forgotten by that.
+
+        A process whose stand-in has died has ended for whoever watches that, so it must not go on.
+        """
         with suppress(NotFound):
             process = self._sandbox.process(container_id, exec_id)
             process.released.set()
-            if exec_id and process.status is Status.STOPPED:
+            if process.status is not Status.STOPPED:
+                with suppress(KatapyError):
+                    await self._sandbox.kill(container_id, exec_id, signal.SIGKILL, everyone=not exec_id)
+            elif exec_id:
                 await self._sandbox.delete(container_id, exec_id)
