@@ -104,7 +104,7 @@ class Pod:
         except Unavailable as error:
             # By that the shim knows that it has to undo what it has done, and to end.
             self._client.close()
-            words = _last_words(self._root, self._id) if self._reap() else ""
+            words = _last_words(self._root, self._id) if self._shim and self._reap() else ""
             raise (Unavailable(f"{error}: {words}") if words else error) from error
 
     @classmethod
@@ -200,23 +200,37 @@ class Pod:
         try:
             with attach.Signals() as signals:
                 control = self.come_for_streams(exec_id)
-                self.start_exec(exec_id)
+                try:
+                    self.start_exec(exec_id)
+                except BaseException:
+                    control.close()
+                    raise
                 return self._pump(self._attach(control), signals)
         finally:
             with suppress(KatapyError):
                 self.task.delete(self._id, exec_id)
 
     def remove(self, *, force: bool) -> None:
-        """Have the shim remove the container, killing it first with ``force``, and end if it was the last."""
+        """Have the shim remove the container, killing it first with ``force``, and end if it was the last.
+
+        With ``force`` a pod's sandbox takes the pod's other containers with it.
+        """
         # Shorter than other calls: the caller kills a shim whose guest does not let it answer.
         task = TaskClient(self._client, timeout=_END_SECONDS)
         if force:
             with suppress(NotFound, Unavailable):
                 task.kill(self._id, signal.SIGKILL, everyone=True)
                 task.wait(self._id, timeout=_END_SECONDS)
-        with suppress(NotFound):
+        whole = False
+        try:
             task.delete(self._id)
-        task.shutdown(self._id)
+        except NotFound:
+            pass
+        except InvalidState:
+            if not force:
+                raise
+            whole = True
+        task.shutdown(self._id, now=whole)
 
     def _size_terminal(self) -> None:
         """Give the container's terminal the size of ours before its program looks at it."""
