@@ -42,6 +42,8 @@ ID_MAX_LENGTH: Final = 76
 _VERSION: Final = 1
 _FILE: Final = "state.json"
 _ID: Final = re.compile(r"[A-Za-z0-9_+.-]+")
+_UNFINISHED: Final = re.compile(r"~[0-9a-f]{16}")
+_UNFINISHED_SECONDS: Final = 3600.0
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _PID_MAX: Final = 1 << 22  # the kernel's PID_MAX_LIMIT
 
@@ -185,6 +187,7 @@ class StateDir:
             _unavailable(f"cannot create the state of {state.id}"),
             ExitStack() as undo,
         ):
+            _sweep(root_fd)
             # '~' is in no id: an unfinished directory is never taken for a container.
             temporary = f"~{os.urandom(8).hex()}"
             os.mkdir(temporary, 0o700, dir_fd=root_fd)
@@ -329,6 +332,23 @@ def _open_root(root: str, *, create: bool = False) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _sweep(root_fd: int) -> None:
+    """Remove what commands have left that were killed while they made or removed a container."""
+    for name in os.listdir(root_fd):
+        if not _UNFINISHED.fullmatch(name):
+            continue
+        with suppress(OSError):
+            # Making and removing take moments.
+            if time.time() - os.stat(name, dir_fd=root_fd, follow_symlinks=False).st_ctime < _UNFINISHED_SECONDS:
+                continue
+            fd = os.open(name, _DIRECTORY, dir_fd=root_fd)
+            try:
+                empty_directory(fd)
+            finally:
+                os.close(fd)
+            os.rmdir(name, dir_fd=root_fd)
 
 
 def _publish(root_fd: int, temporary: str, id: str) -> None:  # noqa: A002

@@ -177,6 +177,20 @@ def test_a_create_that_fails_leaves_nothing(root: str) -> None:
     assert os.listdir(root) == []
 
 
+def test_what_killed_commands_have_left_goes_in_the_end(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that was never given its name, or has lost it, is nobody's: it stayed for ever."""
+    StateDir.create(root, state("c1")).close()
+    left = Path(root, f"~{'0' * 15}a")
+    (left / "shared").mkdir(parents=True)
+    (left / "state.json").write_text("{}")
+    (Path(root) / "~emulated").touch()
+    StateDir.create(root, state("c2")).close()
+    assert left.exists()  # it may be in the making
+    monkeypatch.setattr("katapy.state._UNFINISHED_SECONDS", -1.0)
+    StateDir.create(root, state("c3")).close()
+    assert sorted(os.listdir(root)) == ["c1", "c2", "c3", "~emulated"]
+
+
 def test_no_such_container(root: str) -> None:
     with pytest.raises(NotFound, match=r'^container "c1" does not exist$'):
         StateDir.open(root, "c1")
