@@ -73,18 +73,20 @@ class Stdio(_message.Message):
     def __init__(self, terminal: _Optional[bool] = ..., stdin: _Optional[str] = ..., stdout: _Optional[str] = ..., stderr: _Optional[str] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ...) -> None: ...
 
 class CreateContainerRequest(_message.Message):
-    __slots__ = ("container_id", "spec", "stdio", "joined_container_id", "joined_namespaces")
+    __slots__ = ("container_id", "spec", "stdio", "joined_container_id", "joined_namespaces", "bundle")
     CONTAINER_ID_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STDIO_FIELD_NUMBER: _ClassVar[int]
     JOINED_CONTAINER_ID_FIELD_NUMBER: _ClassVar[int]
     JOINED_NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
     container_id: str
     spec: bytes
     stdio: Stdio
     joined_container_id: str
     joined_namespaces: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, container_id: _Optional[str] = ..., spec: _Optional[bytes] = ..., stdio: _Optional[_Union[Stdio, _Mapping]] = ..., joined_container_id: _Optional[str] = ..., joined_namespaces: _Optional[_Iterable[str]] = ...) -> None: ...
+    bundle: str
+    def __init__(self, container_id: _Optional[str] = ..., spec: _Optional[bytes] = ..., stdio: _Optional[_Union[Stdio, _Mapping]] = ..., joined_container_id: _Optional[str] = ..., joined_namespaces: _Optional[_Iterable[str]] = ..., bundle: _Optional[str] = ...) -> None: ...
 
 class CreateContainerResponse(_message.Message):
     __slots__ = ("pid",)
@@ -127,6 +129,26 @@ class SignalProcessRequest(_message.Message):
     signal: int
     all: bool
     def __init__(self, container_id: _Optional[str] = ..., exec_id: _Optional[str] = ..., signal: _Optional[int] = ..., all: _Optional[bool] = ...) -> None: ...
+
+class PauseContainerRequest(_message.Message):
+    __slots__ = ("container_id",)
+    CONTAINER_ID_FIELD_NUMBER: _ClassVar[int]
+    container_id: str
+    def __init__(self, container_id: _Optional[str] = ...) -> None: ...
+
+class ResumeContainerRequest(_message.Message):
+    __slots__ = ("container_id",)
+    CONTAINER_ID_FIELD_NUMBER: _ClassVar[int]
+    container_id: str
+    def __init__(self, container_id: _Optional[str] = ...) -> None: ...
+
+class UpdateContainerRequest(_message.Message):
+    __slots__ = ("container_id", "resources")
+    CONTAINER_ID_FIELD_NUMBER: _ClassVar[int]
+    RESOURCES_FIELD_NUMBER: _ClassVar[int]
+    container_id: str
+    resources: bytes
+    def __init__(self, container_id: _Optional[str] = ..., resources: _Optional[bytes] = ...) -> None: ...
 
 class WaitProcessRequest(_message.Message):
     __slots__ = ("container_id", "exec_id")
@@ -207,7 +229,7 @@ class CpuStats(_message.Message):
     def __init__(self, usage_usec: _Optional[int] = ..., user_usec: _Optional[int] = ..., system_usec: _Optional[int] = ..., periods: _Optional[int] = ..., throttled_periods: _Optional[int] = ..., throttled_usec: _Optional[int] = ...) -> None: ...
 
 class MemoryStats(_message.Message):
-    __slots__ = ("usage_bytes", "limit_bytes", "peak_bytes", "swap_bytes", "stat", "oom_events", "oom_kills")
+    __slots__ = ("usage_bytes", "limit_bytes", "peak_bytes", "swap_bytes", "stat", "oom_events", "oom_kills", "swap_limit_bytes")
     class StatEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +244,7 @@ class MemoryStats(_message.Message):
     STAT_FIELD_NUMBER: _ClassVar[int]
     OOM_EVENTS_FIELD_NUMBER: _ClassVar[int]
     OOM_KILLS_FIELD_NUMBER: _ClassVar[int]
+    SWAP_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     usage_bytes: int
     limit_bytes: int
     peak_bytes: int
@@ -229,7 +252,8 @@ class MemoryStats(_message.Message):
     stat: _containers.ScalarMap[str, int]
     oom_events: int
     oom_kills: int
-    def __init__(self, usage_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., swap_bytes: _Optional[int] = ..., stat: _Optional[_Mapping[str, int]] = ..., oom_events: _Optional[int] = ..., oom_kills: _Optional[int] = ...) -> None: ...
+    swap_limit_bytes: int
+    def __init__(self, usage_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., swap_bytes: _Optional[int] = ..., stat: _Optional[_Mapping[str, int]] = ..., oom_events: _Optional[int] = ..., oom_kills: _Optional[int] = ..., swap_limit_bytes: _Optional[int] = ...) -> None: ...
 
 class PidsStats(_message.Message):
     __slots__ = ("current", "limit")

@@ -7,6 +7,7 @@ are runc's, so that a number means the same there and here). The cgroup hierarch
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import re
@@ -28,6 +29,7 @@ _PARENT: Final = "katapy"
 _PREFIX: Final = "container-"
 _NAME: Final = re.compile(r"[A-Za-z0-9_.+-]{1,200}")
 _REMOVE_SECONDS: Final = 10.0
+_FREEZE_SECONDS: Final = 10.0  # a process in the middle of a slow read is frozen after that
 # Of the cgroups that a container makes itself: room for an init system or for containers in it.
 _NESTED: Final = (("cgroup.max.depth", "32"), ("cgroup.max.descendants", "1024"))
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -56,6 +58,7 @@ class MemoryStats:
     stat: dict[str, int]
     oom_events: int
     oom_kills: int
+    swap_limit_bytes: int
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,41 @@ class Cgroup:
         with doing(f"kill what is in cgroup {self.path.name}"), contextlib.suppress(FileNotFoundError):
             _write(self.path / "cgroup.kill", "1")
 
+    def update(self, resources: Resources) -> None:
+        """Change the limits that ``resources`` names; when one cannot be changed, none is.
+
+        Raises InvalidArgument, Unsupported, and InvalidState for a memory limit that ``check_before_update`` forbids.
+        """
+        resources = self._completed(resources)
+        memory = resources.memory
+        if memory.check_before_update and 0 < memory.limit <= (usage := self._number("memory.current")):
+            raise InvalidState(f"memory limit {memory.limit} is not above what is in use: {usage}")
+        limits = plan_limits(resources)
+        if resources.cpu.burst is not None:
+            # The kernel wants it below the quota, the old one as well as the new one.
+            limits.insert(0, ("cpu.max.burst", "0"))
+        with contextlib.ExitStack() as undo:
+            for file, value in limits:
+                before = self._before(file, value)
+                self._set(file, value)
+                undo.callback(self._set, *before)
+            undo.pop_all()
+
+    def freeze(self, *, timeout: float = _FREEZE_SECONDS) -> None:
+        """Stop every process in the leaf and below it, and return when all have stopped.
+
+        Where one has not after ``timeout`` seconds all go on, and Timeout is raised.
+        """
+        try:
+            self._set_frozen(True, timeout)
+        except BaseException:
+            _write(self.path / "cgroup.freeze", "0")
+            raise
+
+    def thaw(self, *, timeout: float = _FREEZE_SECONDS) -> None:
+        """Let every process in the leaf and below it go on. Raises Timeout."""
+        self._set_frozen(False, timeout)
+
     def remove(self, *, timeout: float = _REMOVE_SECONDS) -> None:
         """Wait until the leaf is empty (``timeout`` in seconds) and remove it. Does nothing when it is gone.
 
@@ -235,7 +273,8 @@ class Cgroup:
         """
         if not self.path.exists():
             return
-        self._wait_empty(timeout)
+        if not self._wait_event("populated 0", timeout):
+            raise Timeout(f"cgroup {self.path.name} still holds processes after {timeout:g} s")
         with doing(f"remove cgroup {self.path.name}"):
             for parent, name in self._walk():
                 with contextlib.suppress(FileNotFoundError):
@@ -261,6 +300,30 @@ class Cgroup:
                 with doing(f"set {reserved.name} of cgroup {self.path.name}"):
                     _write(reserved, value)
 
+    def _completed(self, resources: Resources) -> Resources:
+        """Return ``resources`` with the other half, as it is now, of what is given by half in one file."""
+        cpu, memory = resources.cpu, resources.memory
+        quota, _, period = self._read("cpu.max").strip().partition(" ")
+        if cpu.quota and not cpu.period and period:
+            cpu = dataclasses.replace(cpu, period=int(period))
+        elif cpu.period and not cpu.quota and quota:
+            cpu = dataclasses.replace(cpu, quota=-1 if quota == "max" else int(quota))
+        if memory.swap > 0 and not memory.limit and (limit := self._number("memory.max")) != NO_LIMIT:
+            memory = dataclasses.replace(memory, limit=limit)
+        return dataclasses.replace(resources, cpu=cpu, memory=memory)
+
+    def _before(self, file: str, value: str) -> tuple[str, str]:
+        """Return the file, and what has to be written to it to undo that ``value`` is written to ``file``."""
+        if file == "io.bfq.weight" and not (self.path / file).exists():
+            file = "io.weight"
+        text = self._read(file)
+        if not file.startswith("io."):
+            return file, text.strip() or "\n"
+        # One line for each device, of which a write changes one.
+        key = value.split(maxsplit=1)[0] if ":" in value else "default"
+        unset = "rbps=max wbps=max riops=max wiops=max" if file == "io.max" else "default"
+        return file, next((line for line in text.splitlines() if line.split()[0] == key), f"{key} {unset}")
+
     def _attach(self, program: bytes) -> None:
         with doing(f"attach the device program to cgroup {self.path.name}"), contextlib.ExitStack() as stack:
             directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -269,17 +332,26 @@ class Cgroup:
             stack.callback(os.close, loaded)
             linux.bpf_attach_device_program(directory, loaded)
 
-    def _wait_empty(self, timeout: float) -> None:
+    def _set_frozen(self, frozen: bool, timeout: float) -> None:
+        verb = "freeze" if frozen else "thaw"
+        with doing(f"{verb} cgroup {self.path.name}"):
+            _write(self.path / "cgroup.freeze", str(int(frozen)))
+        if not self._wait_event(f"frozen {int(frozen)}", timeout):
+            raise Timeout(f"cannot {verb} cgroup {self.path.name}: it takes more than {timeout:g} s")
+
+    def _wait_event(self, wanted: str, timeout: float) -> bool:
+        """Wait until cgroup.events has the line ``wanted``; False where it has not after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         with doing(f"watch cgroup {self.path.name}"), (self.path / "cgroup.events").open() as events:
             poll = select.poll()
             poll.register(events, select.POLLPRI)
-            while "populated 1" in events.read():
+            while wanted not in events.read().splitlines():
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise Timeout(f"cgroup {self.path.name} still holds processes after {timeout:g} s")
+                    return False
                 poll.poll(left * 1000)
                 events.seek(0)
+        return True
 
     def _walk(self) -> Iterator[tuple[int, str]]:
         """Yield all cgroups below the leaf and then itself, children first: a descriptor of the parent, and the name.
@@ -318,6 +390,7 @@ class Cgroup:
             stat=self._table("memory.stat"),
             oom_events=events.get("oom", 0),
             oom_kills=events.get("oom_kill", 0),
+            swap_limit_bytes=self._number("memory.swap.max", missing=NO_LIMIT),
         )
 
     def _pids_stats(self) -> PidsStats:

@@ -455,3 +455,8 @@ def parse_spec(data: bytes) -> Spec:
 def parse_process(data: bytes) -> Process:
     """Parse the "process" object of a config.json. Raises as ``parse_spec`` does."""
     return schema.parse(Process, data, what="the process", max_bytes=MAX_SPEC_BYTES)
+
+
+def parse_resources(data: bytes) -> Resources:
+    """Parse the "resources" object of a config.json. Raises as ``parse_spec`` does."""
+    return schema.parse(Resources, data, what="the resources", max_bytes=MAX_SPEC_BYTES)

@@ -1,7 +1,8 @@
 """One container: its cgroup, its init and the processes started in it later, and which verbs are legal when.
 
 How a container is built is `child`'s business, inside the new process; limits are `cgroups`'. This module keeps the
-life cycle of runtime-spec (creating, created, running, stopped), where every state follows from what exists.
+life cycle of runtime-spec (creating, created, running, stopped) and runc's paused, where every state follows from
+what exists.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from enum import StrEnum
 from typing import Final
 
 from katapy_agent import cgroups, child, config, procfs
-from katapy_agent.errors import AlreadyExists, InvalidArgument, InvalidState, NotFound, Timeout, Unavailable
+from katapy_agent.errors import (
+    AlreadyExists,
+    InvalidArgument,
+    InvalidState,
+    NotFound,
+    Timeout,
+    Unavailable,
+    Unsupported,
+)
 from katapy_agent.events import Events, Exit, OutOfMemory
 from katapy_agent.exchange import Exchange
 from katapy_agent.launcher import Launcher
@@ -24,6 +33,7 @@ from katapy_agent.oom import FileWatch
 from katapy_agent.process import Process, check_signal
 from katapy_agent.procfs import ProcessFacts
 from katapy_agent.reaper import Reaper
+from katapy_agent.resources import Resources
 from katapy_agent.stdio import Stdio, Streams
 
 _EXECS_MAX: Final = 512  # running in one container
@@ -33,11 +43,12 @@ _LIST_BYTES: Final = 2 << 20  # of commands in one answer
 
 
 class State(StrEnum):
-    """Where a container is in its life (runtime-spec, runtime.md, "State")."""
+    """Where a container is in its life (runtime-spec, runtime.md, "State"; paused is runc's)."""
 
     CREATING = "creating"
     CREATED = "created"
     RUNNING = "running"
+    PAUSED = "paused"
     STOPPED = "stopped"
 
 
@@ -63,6 +74,7 @@ class Container:
         self._spec: config.Spec | None = None
         self._init: Process | None = None
         self._started = False
+        self._paused = False
         self._removed = False
         self._execs: dict[str, Process] = {}
         self._oom_kills = 0
@@ -74,6 +86,8 @@ class Container:
             return State.CREATING
         if self._init.exit_status is not None:
             return State.STOPPED
+        if self._paused:
+            return State.PAUSED
         return State.RUNNING if self._started else State.CREATED
 
     async def build(self, spec: config.Spec, streams: Streams) -> int:
@@ -133,6 +147,30 @@ class Container:
             undo.pop_all()
         started.when_ended(lambda: self._exec_ended(exec_id, started))
         return started.pid
+
+    async def update(self, resources: Resources) -> None:
+        """Change limits of the container, which has not ended: all, or none. Raises KatapyError."""
+        async with self._changing:
+            if self._spec is None or self.state is State.STOPPED:
+                raise InvalidState(f"container {self.id} is {self.state}: its limits cannot be changed")
+            if resources.devices and resources.devices != self._spec.linux.resources.devices:
+                raise Unsupported("devices cannot be changed: a container keeps those that it was created with")
+            # The kernel takes memory back before it takes a lower limit.
+            await asyncio.to_thread(self.cgroup.update, resources)
+
+    async def pause(self) -> None:
+        """Freeze every process of the running container. Raises Timeout, and then none is frozen."""
+        async with self._changing:
+            self._require(State.RUNNING)
+            await asyncio.to_thread(self.cgroup.freeze)
+            self._paused = True
+
+    async def resume(self) -> None:
+        """Let the paused container go on."""
+        async with self._changing:
+            self._require(State.PAUSED)
+            await asyncio.to_thread(self.cgroup.thaw)
+            self._paused = False
 
     def process(self, exec_id: str) -> Process:
         """Return the process called ``exec_id``, the container's init for an empty one. Raises NotFound."""

@@ -98,6 +98,18 @@ class AgentService:
             self._container(request).signal_all(request.signal)
         return _EMPTY
 
+    async def pause_container(self, request: pb.PauseContainerRequest) -> pb.Empty:
+        await self._container(request).pause()
+        return _EMPTY
+
+    async def resume_container(self, request: pb.ResumeContainerRequest) -> pb.Empty:
+        await self._container(request).resume()
+        return _EMPTY
+
+    async def update_container(self, request: pb.UpdateContainerRequest) -> pb.Empty:
+        await self._container(request).update(config.parse_resources(request.resources))
+        return _EMPTY
+
     async def wait_process(self, request: pb.WaitProcessRequest) -> pb.WaitProcessResponse:
         status = await self._process(request).wait()
         return pb.WaitProcessResponse(exit_status=status, oom_killed=self._container(request).oom_killed())

@@ -319,3 +319,56 @@ def test_missing_program_is_named_and_leaves_nothing(agent: Agent) -> None:
     with pytest.raises(grpc.RpcError):
         agent.call("ExecProcess", container_id="none", exec_id="x", process=agent.process("/bin/true"))
     agent.call("RemoveContainer", container_id="none")
+
+
+def test_pause_and_resume(agent: Agent) -> None:
+    agent.create("frozen", "/bin/sh", "-c", "while :; do :; done")
+    with pytest.raises(grpc.RpcError) as error:
+        agent.call("PauseContainer", container_id="frozen")
+    assert status_of(error)[1:] == ("InvalidState", "container frozen is created, not running")
+    agent.call("StartContainer", container_id="frozen")
+    agent.call("PauseContainer", container_id="frozen")
+    directory = find_hierarchy() / "katapy/container-frozen"
+    assert "frozen 1" in (directory / "cgroup.events").read_text()
+    refused: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("PauseContainer", {}),
+        ("StartContainer", {}),
+        ("ExecProcess", {"exec_id": "x", "process": agent.process("/bin/true")}),
+    )
+    for method, fields in refused:
+        with pytest.raises(grpc.RpcError) as error:
+            agent.call(method, container_id="frozen", **fields)
+        assert status_of(error)[1] == "InvalidState", method
+    agent.call("ResumeContainer", container_id="frozen")
+    assert "frozen 0" in (directory / "cgroup.events").read_text()
+    with pytest.raises(grpc.RpcError) as error:
+        agent.call("ResumeContainer", container_id="frozen")
+    assert status_of(error)[1:] == ("InvalidState", "container frozen is running, not paused")
+    agent.call("PauseContainer", container_id="frozen")
+    agent.call("SignalProcess", container_id="frozen", signal=signal.SIGKILL)
+    assert agent.wait("frozen") == 137
+    agent.call("RemoveContainer", container_id="frozen")
+    # One that is removed as it is.
+    agent.run("frozen", "/bin/sleep", "1000")
+    agent.call("PauseContainer", container_id="frozen")
+    agent.call("RemoveContainer", container_id="frozen")
+
+
+def test_update_refuses_devices_and_what_the_kernel_lacks(agent: Agent) -> None:
+    agent.run("limits", "/bin/sleep", "1000")
+    for change, kind, text in (
+        ({"devices": [{"allow": True}]}, "Unsupported", "devices cannot be changed"),
+        ({"unified": {"memory.nonsense": "1"}}, "Unsupported", "memory.nonsense"),
+        ({"pids": {"limit": "x"}}, "InvalidArgument", "pids.limit"),
+    ):
+        with pytest.raises(grpc.RpcError) as error:
+            agent.call("UpdateContainer", container_id="limits", resources=json.dumps(change).encode())
+        assert status_of(error)[1] == kind
+        assert text in status_of(error)[2]
+    agent.call("UpdateContainer", container_id="limits", resources=b'{"devices": [], "cpu": {"shares": 0}}')
+    agent.call("SignalProcess", container_id="limits", signal=9)
+    agent.wait("limits")
+    with pytest.raises(grpc.RpcError) as error:
+        agent.call("UpdateContainer", container_id="limits", resources=b"{}")
+    assert status_of(error)[1] == "InvalidState"
+    agent.call("RemoveContainer", container_id="limits")

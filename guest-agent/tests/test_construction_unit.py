@@ -330,6 +330,63 @@ def test_limit_without_a_file_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "pids.max").exists()
 
 
+def files_of(cgroup: cgroups.Cgroup) -> dict[str, str]:
+    return {path.name: path.read_text().strip() for path in cgroup.path.iterdir()}
+
+
+def test_update_completes_what_is_given_by_half(tmp_path: Path) -> None:
+    cgroup = FakeCgroup(tmp_path, cpu__max="50000 100000", memory__max="8192", memory__swap__max="max_")
+    cgroup.update(resources.Resources(cpu=resources.CPU(quota=20000)))
+    assert files_of(cgroup)["cpu.max"] == "20000 100000"
+    cgroup.update(resources.Resources(cpu=resources.CPU(period=200000), memory=resources.Memory(swap=9216)))
+    assert files_of(cgroup) == {"cpu.max": "20000 200000", "memory.max": "8192", "memory.swap.max": "1024"}
+
+
+def test_update_that_fails_changes_nothing(tmp_path: Path) -> None:
+    before = {
+        "cpu.max": "max 100000",
+        "memory.max": "8192",
+        "memory.low": "4096",
+        "io.max": "8:0 rbps=1 wbps=max riops=max wiops=max",
+    }
+    cgroup = FakeCgroup(tmp_path, **{name.replace(".", "__"): text for name, text in before.items()})
+    throttle = resources.ThrottleDevice(8, 0, 7)
+    wanted = resources.Resources(
+        cpu=resources.CPU(quota=20000, period=50000),
+        memory=resources.Memory(limit=9216, reservation=1024),
+        block_io=resources.BlockIO(throttle_read_bps_device=(throttle,)),
+        unified={"memory.nonsense": "1"},
+    )
+    with pytest.raises(errors.Unsupported, match=r"memory\.nonsense"):
+        cgroup.update(wanted)
+    # An ordinary file keeps the rest of what was longer.
+    found = files_of(cgroup)
+    assert {name: found[name][: len(text)] for name, text in before.items()} == before
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "text", "undo"),
+    [
+        ("pids.max", "5", "max\n", ("pids.max", "max")),
+        ("cpuset.cpus", "0", "\n", ("cpuset.cpus", "\n")),
+        ("io.max", "8:0 rbps=5", "8:16 rbps=1 wbps=max\n", ("io.max", "8:0 rbps=max wbps=max riops=max wiops=max")),
+        ("io.max", "8:16 rbps=5", "8:16 rbps=1 wbps=max\n", ("io.max", "8:16 rbps=1 wbps=max")),
+        ("io.weight", "8:0 5", "default 100\n", ("io.weight", "8:0 default")),
+        ("io.weight", "5", "default 100\n8:0 7\n", ("io.weight", "default 100")),
+    ],
+)
+def test_what_undoes_a_write(tmp_path: Path, file: str, value: str, text: str, undo: tuple[str, str]) -> None:
+    assert FakeCgroup(tmp_path, **{file.replace(".", "__"): text})._before(file, value) == undo
+
+
+def test_update_checks_what_is_in_use(tmp_path: Path) -> None:
+    cgroup = FakeCgroup(tmp_path, memory__current="4096", memory__max="8192")
+    with pytest.raises(errors.InvalidState, match="memory limit 4096 is not above what is in use: 4096"):
+        cgroup.update(resources.Resources(memory=resources.Memory(limit=4096, check_before_update=True)))
+    cgroup.update(resources.Resources(memory=resources.Memory(limit=4097, check_before_update=True)))
+    assert files_of(cgroup)["memory.max"] == "4097"
+
+
 def test_stats(tmp_path: Path) -> None:
     cgroup = FakeCgroup(
         tmp_path,
@@ -348,7 +405,9 @@ def test_stats(tmp_path: Path) -> None:
     )
     stats = cgroup.stats()
     assert stats.cpu == cgroups.CpuStats(10, 6, 4, 3, 2, 9)
-    assert stats.memory == cgroups.MemoryStats(4096, cgroups.NO_LIMIT, 0, 0, {"anon": 1, "file": 2}, 3, 2)
+    assert stats.memory == cgroups.MemoryStats(
+        4096, cgroups.NO_LIMIT, 0, 0, {"anon": 1, "file": 2}, 3, 2, cgroups.NO_LIMIT
+    )
     assert stats.pids == cgroups.PidsStats(5, 64)
     assert stats.io == (cgroups.IoStats(254, 0, 1, 2, 3, 4), cgroups.IoStats(254, 1, 0, 0, 0, 0))
     assert stats.hugetlb == (cgroups.HugetlbStats("2MB", 0, cgroups.NO_LIMIT, 8),)

@@ -107,6 +107,35 @@ class AgentClient:
         )
         await self._call("SignalProcess", request)
 
+    async def pause(self, container_id: str) -> None:
+        """Freeze a container."""
+        await self._call("PauseContainer", agent_pb2.PauseContainerRequest(container_id=container_id))
+
+    async def resume(self, container_id: str) -> None:
+        """Let a frozen container go on."""
+        await self._call("ResumeContainer", agent_pb2.ResumeContainerRequest(container_id=container_id))
+
+    async def update(self, container_id: str, resources: bytes) -> None:
+        """Change limits of a container; ``resources`` is the JSON object of runtime-spec."""
+        await self._call(
+            "UpdateContainer", agent_pb2.UpdateContainerRequest(container_id=container_id, resources=resources)
+        )
+
+    async def stats(self, container_id: str) -> agent_pb2.StatsContainerResponse:
+        """Return what a container uses."""
+        response: agent_pb2.StatsContainerResponse = await self._call(
+            "StatsContainer", agent_pb2.StatsContainerRequest(container_id=container_id)
+        )
+        return response
+
+    async def events(self) -> AsyncIterator[agent_pb2.Event]:
+        """Give what happens in the guest from now on, until the connection ends. Raises Unavailable."""
+        try:
+            async for event in self._calls["Events"](agent_pb2.Empty(), timeout=None):
+                yield event
+        except grpc.aio.AioRpcError as error:
+            raise _translate("Events", error) from None
+
     async def wait(self, container_id: str, exec_id: str) -> tuple[int, bool]:
         """Wait, without a deadline, for the end of a process: its exit status, and whether memory ran out."""
         request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)

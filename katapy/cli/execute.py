@@ -53,6 +53,8 @@ def exec_command(settings: Settings, /, container_id: str, command: tuple[str, .
     with Pod.connect(settings.root, container_id) as pod:
         process = _process(pod, command, options)
         check_console(terminal=process.terminal, detached=options.detach, socket=options.console_socket)
+        if options.ignore_paused:
+            pod.wait_resumed()
         exec_id = secrets.token_hex(8)
         pod.add_exec(exec_id, process)
         if not options.detach:

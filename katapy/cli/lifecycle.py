@@ -1,4 +1,4 @@
-"""The verbs of a container's life: run, create, start, kill, delete."""
+"""The verbs of a container's life: run, create, start, kill, pause, resume, delete."""
 
 from __future__ import annotations
 
@@ -271,6 +271,40 @@ def parse_signal(name: str) -> int:
     if number not in signal.valid_signals():
         raise InvalidArgument(f"{name[:40]!a} is not a signal: use a name as KILL or a number as 9")
     return int(number)
+
+
+@click.command("pause")
+@click.argument("container_id", metavar="ID")
+@click.pass_obj
+def pause(settings: Settings, container_id: str) -> None:
+    """Freeze every process of a running container.
+
+    \b
+    Example:
+      katapy pause web
+    """
+    from katapy.client.pod import Pod
+
+    require_root("pause a container")
+    with Pod.connect(settings.root, container_id) as pod:
+        pod.task.pause(container_id)
+
+
+@click.command("resume")
+@click.argument("container_id", metavar="ID")
+@click.pass_obj
+def resume(settings: Settings, container_id: str) -> None:
+    """Let a paused container go on.
+
+    \b
+    Example:
+      katapy resume web
+    """
+    from katapy.client.pod import Pod
+
+    require_root("resume a container")
+    with Pod.connect(settings.root, container_id) as pod:
+        pod.task.resume(container_id)
 
 
 @click.command("delete")

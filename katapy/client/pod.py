@@ -128,6 +128,11 @@ class Pod:
         """Close the connection."""
         self._client.close()
 
+    @property
+    def client(self) -> TtrpcClient:
+        """The connection, for what is asked beside ``task``."""
+        return self._client
+
     def state(self) -> State:
         """Return what the state directory says."""
         with StateDir.open(str(self._root), self._id) as directory:
@@ -179,6 +184,12 @@ class Pod:
         with StateDir.open(str(self._root), self._id) as directory:
             data = jsonfile.read(PROCESS_FILE, dir_fd=directory.fd)
         return parse_process(data, what=f"process of {self._id}")
+
+    def wait_resumed(self) -> None:
+        """Wait until the container is not paused."""
+        from katapy.client.observe import ShimClient
+
+        ShimClient(self._client).wait_resumed(self._id)
 
     def add_exec(self, exec_id: str, process: ProcessSpec) -> None:
         """Note a process to be started in the running container."""

@@ -163,6 +163,11 @@ class Spec:
         return tuple(namespace.type for namespace in self.linux.namespaces if namespace.path)
 
     @property
+    def resources(self) -> dict[str, Any]:
+        """``linux.resources`` as plain JSON; empty where the document has none."""
+        return (self._document.get("linux") or {}).get("resources") or {}
+
+    @property
     def bind_mounts(self) -> tuple[BindMount, ...]:
         """The mounts whose source is on the host, in order; a relative source starts from the bundle, as in runc."""
         return tuple(

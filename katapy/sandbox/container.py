@@ -1,9 +1,11 @@
-"""What a pod's supervisor knows of one container."""
+"""What a pod's supervisor knows of one container, and those who wait for news of it."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from katapy.oci.bundle import Bundle
 from katapy.sandbox.host_cgroup import HostCgroup
@@ -13,7 +15,10 @@ from katapy.sandbox.record import Record
 
 @dataclass(eq=False)
 class Container:
-    """A container of the pod. ``binds`` names what is shared with its guest; ``exec_specs`` are JSON, by exec id."""
+    """A container of the pod. ``binds`` names what is shared with its guest; ``exec_specs`` are JSON, by exec id.
+
+    ``resources`` are its limits now, as plain JSON, and ``ooms`` says how often its memory has run out.
+    """
 
     bundle: Bundle
     init: GuestProcess
@@ -23,6 +28,12 @@ class Container:
     exec_specs: dict[str, bytes] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     cgroup: HostCgroup | None = None
+    resources: dict[str, Any] = field(init=False)
+    ooms: int = 0
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.resources = self.bundle.spec.resources
 
     @property
     def id(self) -> str:
@@ -32,3 +43,13 @@ class Container:
     def processes(self) -> list[GuestProcess]:
         """Return init and the others."""
         return [self.init, *self.execs.values()]
+
+    def changed(self) -> None:
+        """Wake up whoever waits for news: its status, or ``ooms``, is another now."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until ``condition`` holds, which is asked after each ``changed``."""
+        while not condition():
+            await self._news.wait()

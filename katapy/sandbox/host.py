@@ -9,19 +9,20 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from katapy.cgroups.layout import Layout, find_layout
-from katapy.cgroups.limits import HostLimits
+from katapy.cgroups.limits import NO_LIMIT, HostLimits
 from katapy.cgroups.path import Driver
 from katapy.config import Config
 from katapy.errors import KatapyError, Timeout
 from katapy.hypervisor.accel import Kind, probe, require
 from katapy.oci.hooks import Hook
+from katapy.oci.linux import Resources
 from katapy.sandbox.container import Container
 from katapy.sandbox.hooks import require_no_interfaces, run_hook
-from katapy.sandbox.host_cgroup import HostCgroup, boot_limits, run_limits
+from katapy.sandbox.host_cgroup import HostCgroup, boot_limits, run_limits, update_limits
 from katapy.sandbox.process import GuestProcess
 from katapy.sandbox.sizing import Size
 from katapy.state import Status, state_json
@@ -63,6 +64,15 @@ class Host:
         await self.run_hooks(container, "createContainer", spec.hooks.create_container)
         if container.cgroup is not None:
             await asyncio.to_thread(container.cgroup.update, run_limits(spec.linux.resources, self.layout))
+
+    async def update(self, container: Container, before: Resources, after: Resources) -> None:
+        """Change the container's limits on the host. Raises KatapyError."""
+        if container.cgroup is None:
+            return
+        limits = update_limits(after, self.layout)
+        if before.cpu and before.cpu.quota and not (after.cpu and after.cpu.quota):
+            limits = replace(limits, cpu_quota=NO_LIMIT)
+        await asyncio.to_thread(container.cgroup.update, limits)
 
     async def run_hooks(self, container: Container, point: str, hooks: Sequence[Hook]) -> None:
         """Run the hooks of one ``point`` of the container's life; the first failure is raised."""

@@ -49,6 +49,7 @@ class MachineParts:
     vsock: Vsock
     tree: SharedTree
     agent: AgentClient
+    size: Size
 
 
 class Machine:
@@ -197,7 +198,7 @@ async def start_machine(
         agent = await stack.enter_async_context(client.connect(address, deadline=config.runtime.boot_timeout))
         await machine.guarded(_greet(agent))
         log.debug("%s: the agent answers", name)
-        machine._parts = MachineParts(acceleration, vm, vsock, tree, agent)
+        machine._parts = MachineParts(acceleration, vm, vsock, tree, agent, size)
         # The first to be left: from there on, an end is what was asked for.
         stack.enter_context(machine._end_quietly())
         yield machine

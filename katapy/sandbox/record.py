@@ -55,9 +55,14 @@ class Record:
         self._update(pid=pid)
 
     def running(self) -> None:
-        """The container was started."""
+        """The container was started, or goes on."""
         if self._state.status is not Status.STOPPED:
             self._update(status=Status.RUNNING)
+
+    def paused(self) -> None:
+        """The container is frozen."""
+        if self._state.status is not Status.STOPPED:
+            self._update(status=Status.PAUSED)
 
     def stopped(self, exit_status: int) -> None:
         """The container has ended; the first report counts."""

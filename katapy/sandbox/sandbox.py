@@ -19,6 +19,8 @@ from katapy.agent.stdio import open_streams
 from katapy.config import Config
 from katapy.errors import AlreadyExists, InvalidState, KatapyError, NotFound, Unavailable
 from katapy.oci.bundle import load_bundle
+from katapy.oci.linux import Resources
+from katapy.oci.update import parse_change
 from katapy.proto import agent_pb2
 from katapy.sandbox.container import Container
 from katapy.sandbox.host import Host, await_stand_in, remove_cgroup
@@ -26,7 +28,7 @@ from katapy.sandbox.host_cgroup import HostCgroup
 from katapy.sandbox.machine import Machine, start_machine
 from katapy.sandbox.process import Exit, GuestProcess, StdioRequest
 from katapy.sandbox.record import Record
-from katapy.sandbox.sizing import Size, vm_size
+from katapy.sandbox.sizing import Size, check_fits, vm_size
 from katapy.state import Status
 from katapy.storage.shared_dir import TAG, SharedBind
 
@@ -57,6 +59,7 @@ class Sandbox:
         self._machine: Machine | None = None
         self._starting = asyncio.Lock()
         self._failure_watch: asyncio.Task[None] | None = None
+        self._event_watch: asyncio.Task[None] | None = None
 
     @property
     def empty(self) -> bool:
@@ -181,6 +184,77 @@ class Sandbox:
         machine = self._alive()
         await machine.guarded(machine.agent.signal(container_id, exec_id, number, everyone=everyone))
 
+    async def pause(self, container_id: str) -> None:
+        """Freeze a running container."""
+        container = self._container(container_id)
+        async with container.lock:
+            container.init.require([Status.RUNNING], "pause")
+            machine = self._alive()
+            await machine.guarded(machine.agent.pause(container_id))
+            # It may have been killed meanwhile, and has ended then.
+            if container.init.status is Status.RUNNING:
+                container.init.status = Status.PAUSED
+                container.record.paused()
+                container.changed()
+
+    async def resume(self, container_id: str) -> None:
+        """Let a paused container go on."""
+        container = self._container(container_id)
+        async with container.lock:
+            container.init.require([Status.PAUSED], "resume")
+            machine = self._alive()
+            await machine.guarded(machine.agent.resume(container_id))
+            if container.init.status is Status.PAUSED:
+                container.init.status = Status.RUNNING
+                container.record.running()
+                container.changed()
+
+    async def wait_resumed(self, container_id: str) -> None:
+        """Wait until a container is not paused, or has ended."""
+        container = self._container(container_id)
+        await container.until(lambda: container.init.status is not Status.PAUSED)
+
+    async def update(self, container_id: str, resources: bytes) -> None:
+        """Change limits of a container, on the host and in the guest; ``resources`` is JSON, as in config.json.
+
+        Raises InvalidArgument for what is wrong or above what the VM has. On failure every limit is as before.
+        """
+        container = self._container(container_id)
+        async with container.lock:
+            container.init.require([Status.CREATED, Status.RUNNING, Status.PAUSED], "update")
+            machine = self._alive()
+            change, before = parse_change(resources, container.resources), parse_change(b"{}", container.resources)
+            check_fits(machine.parts.size, before.resources, change.resources)
+            await self._update_host(container, before.resources, change.resources)
+            try:
+                await machine.guarded(machine.agent.update(container_id, change.request))
+            except KatapyError:
+                await self._update_host(container, change.resources, before.resources)
+                raise
+            container.resources = change.document
+
+    async def _update_host(self, container: Container, before: Resources, after: Resources) -> None:
+        # The cgroup of a further container has its stand-in and no limits: those on the host are the pod's.
+        if container.id == self.id:
+            await self._host.update(container, before, after)
+
+    async def stats(self, container_id: str) -> agent_pb2.StatsContainerResponse:
+        """Return what a container uses, as its guest says."""
+        machine = self._alive()
+        self.process(container_id)
+        return await machine.guarded(machine.agent.stats(container_id))
+
+    async def next_event(self, container_id: str, ooms: int, seconds: float) -> tuple[int, bool]:
+        """Wait until memory has run out another number of times than ``ooms``, or the end, for at most ``seconds``.
+
+        Returns that number, and whether the container has ended.
+        """
+        container = self._container(container_id)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await container.until(lambda: container.ooms != ooms or container.init.status is Status.STOPPED)
+        return container.ooms, container.init.status is Status.STOPPED
+
     async def resize(self, container_id: str, exec_id: str, *, rows: int, columns: int) -> None:
         """Set the size of a process's terminal, in characters."""
         machine = self._alive()
@@ -193,12 +267,16 @@ class Sandbox:
         self.process(container_id, exec_id)
         await machine.guarded(machine.agent.close_stdin(container_id, exec_id))
 
-    async def pids(self, container_id: str) -> list[tuple[int, str]]:
-        """Return the pids in the guest of a container's processes, each with its exec id or an empty string."""
-        self._container(container_id)
+    def pids(self, container_id: str) -> list[tuple[int, str]]:
+        """Return the pids on the host of those that stand for a container's processes, each with its exec id or ""."""
+        alive = (process for process in self._container(container_id).processes() if not process.exited.is_set())
+        return [(process.host_pid, process.exec_id) for process in alive if process.host_pid]
+
+    async def processes(self, container_id: str) -> list[agent_pb2.ProcessInfo]:
+        """Return a container's processes, as its guest says."""
         machine = self._alive()
-        answer = await machine.guarded(machine.agent.processes(container_id))
-        return [(process.pid, process.exec_id) for process in answer.processes]
+        self.process(container_id)
+        return list((await machine.guarded(machine.agent.processes(container_id))).processes)
 
     async def delete(self, container_id: str, exec_id: str) -> Exit:
         """Remove a stopped or created container, or an exec process, and return how it ended."""
@@ -241,6 +319,9 @@ class Sandbox:
             # The guest writes back what it has cached; a guest that does not answer loses it.
             with suppress(KatapyError):
                 await machine.guarded(machine.agent.destroy_sandbox(deadline=_DESTROY_DEADLINE))
+        if self._event_watch is not None:
+            self._event_watch.cancel()
+            await asyncio.wait([self._event_watch])
         if self._failure_watch is not None:
             if machine is not None and machine.failed_with() is not None:
                 # It is taking apart what is left of the machine; half of that done would be worse than all.
@@ -284,6 +365,7 @@ class Sandbox:
                 )
                 self._machine = machine
                 self._failure_watch = asyncio.create_task(self._on_failure(machine), name="watch the machine")
+                self._event_watch = asyncio.create_task(self._on_events(machine), name="watch the guest's events")
         return self._alive()
 
     def _size(self, container: Container) -> Size:
@@ -335,6 +417,7 @@ class Sandbox:
             process.finish(status, oom_killed=oom_killed)
         if not process.exec_id and (container := self._containers.get(process.container_id)):
             container.record.stopped(process.exit.status if process.exit else _KILLED)
+            container.changed()
 
     async def _on_failure(self, machine: Machine) -> None:
         error = await machine.failure()
@@ -345,8 +428,20 @@ class Sandbox:
             for process in container.processes():
                 process.lose(error)
             container.record.stopped(_KILLED)
+            container.changed()
         # What is left of the machine is of no use, and may hold memory.
         await self._stack.aclose()
+
+    async def _on_events(self, machine: Machine) -> None:
+        """Count what the guest tells; it may tell anything, and no more than a number grows by it."""
+        try:
+            async for event in machine.agent.events():
+                container = self._containers.get(event.oom.container_id) if event.HasField("oom") else None
+                if container is not None:
+                    container.ooms += 1
+                    container.changed()
+        except KatapyError as error:
+            log.debug("%s: no more events: %s", self.id, error)
 
     async def _forget(self, container: Container) -> None:
         """Remove every trace of a container: in the guest as far as that answers, on the host in any case."""
@@ -355,6 +450,7 @@ class Sandbox:
             process.close()
             if process.exit is None and process.lost is None:
                 process.lose(NotFound(f"container {container_id!r} was deleted"))
+        container.changed()
         if machine is not None and machine.failed_with() is None:
             with suppress(KatapyError):
                 await machine.guarded(machine.agent.remove_container(container_id, deadline=_REMOVE_DEADLINE))

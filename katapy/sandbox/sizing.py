@@ -9,7 +9,9 @@ import re
 from typing import Final, NamedTuple
 
 from katapy.config import Config
+from katapy.errors import InvalidArgument
 from katapy.hypervisor.cmdline import VCPUS_MAX
+from katapy.oci.linux import Resources
 from katapy.oci.spec import Spec
 
 _UNIT: Final = 2 << 20  # bytes; a guest's memory is a whole number of huge pages
@@ -36,8 +38,25 @@ def vm_size(config: Config, spec: Spec, *, host_cpus: int) -> Size:
     if cpu and cpu.quota and cpu.quota > 0:
         vcpus = min(-(-cpu.quota // (cpu.period or _DEFAULT_PERIOD)), host_cpus)
     if cpu and cpu.cpus:
-        highest = max(int(number) for number in re.split("[,-]", cpu.cpus))
-        vcpus = max(vcpus, min(highest + 1, host_cpus))
+        vcpus = max(vcpus, min(_count(cpu.cpus), host_cpus))
     if memory and memory.limit and memory.limit > 0:
         total = memory.limit + hypervisor.overhead_memory
     return Size(min(vcpus, VCPUS_MAX), -(-total // _UNIT) * _UNIT)
+
+
+def check_fits(size: Size, before: Resources, after: Resources) -> None:
+    """Raise InvalidArgument where limits are raised above what the VM has, which keeps the size that it began with."""
+    has = f"its VM has {size.vcpus} vCPUs and {size.memory_bytes} bytes of memory, and keeps them"
+    old, new = before.memory, after.memory
+    if new and new.limit and new.limit > size.memory_bytes and not (old and new.limit == old.limit):
+        raise InvalidArgument(f"memory limit {new.limit}: {has}")
+    was, cpu = before.cpu, after.cpu
+    if cpu and cpu.vcpus and cpu.vcpus > size.vcpus and not (was and cpu.vcpus == was.vcpus):
+        raise InvalidArgument(f"CPU quota {cpu.quota} of a period of {cpu.period or _DEFAULT_PERIOD}: {has}")
+    if cpu and cpu.cpus and _count(cpu.cpus) > size.vcpus and not (was and cpu.cpus == was.cpus):
+        raise InvalidArgument(f"CPUs {cpu.cpus[:64]}: {has}, from 0 on")
+
+
+def _count(cpus: str) -> int:
+    """Return how many CPUs there must be for a list of them such as 0-3,8."""
+    return 1 + max(int(number) for number in re.split("[,-]", cpus))

@@ -22,12 +22,13 @@ from katapy import run
 from katapy.cgroups.path import Driver
 from katapy.config import Config
 from katapy.errors import NotFound
-from katapy.proto import task_pb2
+from katapy.proto import shim_pb2, task_pb2
 from katapy.sandbox.host import Host
 from katapy.sandbox.record import Record
 from katapy.sandbox.sandbox import Sandbox
 from katapy.shim.attach import AttachServer
 from katapy.shim.handler import AttachHandler
+from katapy.shim.observe import ShimService
 from katapy.shim.task import TaskService
 from katapy.state import ProcessRef
 from katapy.storage.shared_dir import enter_private_mounts
@@ -36,9 +37,10 @@ from katapy.transport.ttrpc_server import handler_table, serve
 log = logging.getLogger("katapy.shim")
 
 # What has been begun is done, also when the caller leaves; a Create whose caller has left is undone.
-FINISH: Final = ("Start", "Kill", "Delete", "Shutdown")
+FINISH: Final = ("Start", "Kill", "Pause", "Resume", "Update", "Delete", "Shutdown")
 
 TASK: Final = task_pb2.DESCRIPTOR.services_by_name["Task"]
+SHIM: Final = shim_pb2.DESCRIPTOR.services_by_name["Shim"]
 
 
 def main() -> int:
@@ -80,7 +82,11 @@ async def _serve(options: argparse.Namespace, host_mounts: int) -> None:
     try:
         async with (
             serve(
-                socket.socket(fileno=options.socket_fd), {TASK.full_name: handler_table(TASK, service, finish=FINISH)}
+                socket.socket(fileno=options.socket_fd),
+                {
+                    TASK.full_name: handler_table(TASK, service, finish=FINISH),
+                    SHIM.full_name: handler_table(SHIM, ShimService(sandbox)),
+                },
             ),
             AttachServer(socket.socket(fileno=options.attach_fd), AttachHandler(sandbox)),
         ):

@@ -18,6 +18,7 @@ from katapy.oci.process import parse_process
 from katapy.proto import task_pb2 as pb
 from katapy.sandbox.process import Exit, GuestProcess, StdioRequest
 from katapy.sandbox.sandbox import Sandbox
+from katapy.shim.metrics import metrics_of
 from katapy.state import Status
 
 _STATUS: Final = {
@@ -92,6 +93,16 @@ class TaskService:
         await self._sandbox.kill(request.id, request.exec_id, request.signal, everyone=request.all)
         return Empty()
 
+    async def pause(self, request: pb.PauseRequest) -> Empty:
+        """Freeze a container."""
+        await self._sandbox.pause(request.id)
+        return Empty()
+
+    async def resume(self, request: pb.ResumeRequest) -> Empty:
+        """Let a frozen container go on."""
+        await self._sandbox.resume(request.id)
+        return Empty()
+
     async def wait(self, request: pb.WaitRequest) -> pb.WaitResponse:
         """Answer when the process has ended."""
         process = self._sandbox.process(request.id, request.exec_id)
@@ -117,10 +128,23 @@ class TaskService:
             await self._sandbox.close_stdin(request.id, request.exec_id)
         return Empty()
 
+    async def update(self, request: pb.UpdateTaskRequest) -> Empty:
+        """Change limits."""
+        await self._sandbox.update(request.id, request.resources.value)
+        return Empty()
+
+    async def stats(self, request: pb.StatsRequest) -> pb.StatsResponse:
+        """Return what a container uses."""
+        metrics = metrics_of(await self._sandbox.stats(request.id))
+        response = pb.StatsResponse()
+        response.stats.type_url = metrics.DESCRIPTOR.full_name
+        response.stats.value = metrics.SerializeToString()
+        return response
+
     async def pids(self, request: pb.PidsRequest) -> pb.PidsResponse:
-        """List the processes of a container by their pids in the guest."""
+        """List the processes of a container by the pids of those that stand for them on the host."""
         processes = []
-        for pid, exec_id in await self._sandbox.pids(request.id):
+        for pid, exec_id in self._sandbox.pids(request.id):
             info = pb.ProcessInfo(pid=pid)
             if exec_id:
                 info.info.type_url = "containerd.runc.v1.ProcessDetails"

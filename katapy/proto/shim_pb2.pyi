@@ -1,0 +1,56 @@
+from google.protobuf import empty_pb2 as _empty_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class WaitResumedRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class NextEventRequest(_message.Message):
+    __slots__ = ("id", "ooms", "wait_nano")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    OOMS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_NANO_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    ooms: int
+    wait_nano: int
+    def __init__(self, id: _Optional[str] = ..., ooms: _Optional[int] = ..., wait_nano: _Optional[int] = ...) -> None: ...
+
+class NextEventResponse(_message.Message):
+    __slots__ = ("ooms", "ended")
+    OOMS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    ooms: int
+    ended: bool
+    def __init__(self, ooms: _Optional[int] = ..., ended: _Optional[bool] = ...) -> None: ...
+
+class ProcessesRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class ProcessesResponse(_message.Message):
+    __slots__ = ("processes",)
+    PROCESSES_FIELD_NUMBER: _ClassVar[int]
+    processes: _containers.RepeatedCompositeFieldContainer[Process]
+    def __init__(self, processes: _Optional[_Iterable[_Union[Process, _Mapping]]] = ...) -> None: ...
+
+class Process(_message.Message):
+    __slots__ = ("pid", "uid", "command", "exec_id")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    COMMAND_FIELD_NUMBER: _ClassVar[int]
+    EXEC_ID_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    uid: int
+    command: str
+    exec_id: str
+    def __init__(self, pid: _Optional[int] = ..., uid: _Optional[int] = ..., command: _Optional[str] = ..., exec_id: _Optional[str] = ...) -> None: ...
