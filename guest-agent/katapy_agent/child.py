@@ -17,12 +17,12 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, NoReturn
 
-from katapy_agent import cgroups, linux, mounts, namespaces, privileges, rootfs, schema, seccomp, terminal
-from katapy_agent.config import NamespaceType, Personality, Process, Spec
+from katapy_agent import cgroups, hooks, linux, mounts, namespaces, privileges, rootfs, schema, seccomp, terminal
+from katapy_agent.config import Hooks, Personality, Process, Spec
 from katapy_agent.errors import (
     CommandNotExecutable,
     CommandNotFound,
@@ -37,6 +37,7 @@ from katapy_agent.schema import Range
 
 _MESSAGE_MAX: Final = 65536
 _TEXT_MAX: Final = 4096
+_NO_HOOKS: Final = Hooks()
 _Size = Annotated[int, Range(0, 2**16 - 1)]
 _Uid = Annotated[int, Range(0, 2**32 - 2)]
 
@@ -59,6 +60,8 @@ class InitPlan:
     rows: _Size
     columns: _Size
     filter: Filter | None = None
+    joined: tuple[str, ...] = ()  # namespaces of another container's
+    state: str = "{}"  # what the hooks are told, without the pid
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,28 @@ _decode_init = schema.decoder(InitPlan)
 _decode_exec = schema.decoder(ExecPlan)
 
 
-def plan_init(spec: Spec, *, container_id: str, cgroup: str, rows: int, columns: int) -> dict[str, object]:
+def plan_init(
+    spec: Spec,
+    *,
+    container_id: str,
+    cgroup: str,
+    rows: int,
+    columns: int,
+    bundle: str = "",
+    joined: Sequence[str] = (),
+) -> dict[str, object]:
     """Return the plan, plain JSON, that makes a container and its init.
 
-    ``cgroup`` is the directory of its leaf, ``rows`` and ``columns`` are the terminal's (0: consoleSize, if any).
+    ``cgroup`` is the directory of its leaf, ``rows`` and ``columns`` are the terminal's (0: consoleSize, if any),
+    ``bundle`` is for hooks, and ``joined`` are the types of the namespaces that are another container's.
     Raises InvalidArgument and Unsupported for what katapy does not do, before anything exists.
     """
     if spec.process is None:
         raise InvalidArgument(f"container {container_id} has no process")
     rootfs.check(spec)
     size = spec.process.console_size
+    # runtime-spec, runtime.md, "State"
+    state = {"ociVersion": spec.oci_version, "id": container_id, "status": "created", "bundle": bundle}
     plan = InitPlan(
         cgroup=cgroup,
         # What is the agent's and the host's does not travel.
@@ -102,6 +117,8 @@ def plan_init(spec: Spec, *, container_id: str, cgroup: str, rows: int, columns:
         rows=rows or size.height,
         columns=columns or size.width,
         filter=_compile(spec),
+        joined=tuple(joined),
+        state=json.dumps({**state, "annotations": dict(spec.annotations)}),
     )
     return {"init": schema.encode(plan), "terminal": plan.terminal}
 
@@ -127,7 +144,7 @@ def plan_exec(
         rows=rows or process.console_size.height,
         columns=columns or process.console_size.width,
         pid=init_pid,
-        namespaces=namespaces.own_types(spec.linux.namespaces),
+        namespaces=namespaces.types_of(spec.linux.namespaces),
         stdio_uid=spec.linux.host_uid(process.user.uid),
         filter=_compile(spec),
         personality=spec.linux.personality,
@@ -142,10 +159,13 @@ def _compile(spec: Spec) -> Filter | None:
     return Filter(base64.b64encode(seccomp.compile_filter(profile)).decode(), seccomp.filter_flags(profile))
 
 
-def run(plan: Mapping[str, object], control: int, stdio: tuple[int, int, int] | None) -> NoReturn:
+def run(
+    plan: Mapping[str, object], control: int, stdio: tuple[int, int, int] | None, joined: int | None = None
+) -> NoReturn:
     """Follow a plan in this process, which has just been forked for it; never returns.
 
-    ``control`` is a connected SOCK_SEQPACKET socket, ``stdio`` the three standard streams, None with a terminal.
+    ``control`` is a connected SOCK_SEQPACKET socket, ``stdio`` the three standard streams, None with a terminal, and
+    ``joined`` a pidfd of the process whose namespaces the plan's container shares.
     """
     # Above the standard streams, which are replaced in the end.
     channel = Channel(fcntl.fcntl(control, fcntl.F_DUPFD_CLOEXEC, 3))
@@ -156,7 +176,7 @@ def run(plan: Mapping[str, object], control: int, stdio: tuple[int, int, int] | 
         linux.prctl(linux.PR_SET_DUMPABLE, 0)
         os.umask(0)
         if "init" in plan:
-            _build_container(_decode_init(plan["init"], "plan"), channel, streams)
+            _build_container(_decode_init(plan["init"], "plan"), channel, streams, joined)
         _join_container(_decode_exec(plan["exec"], "plan"), channel, streams)
     except KatapyError as error:
         channel.fail(error)
@@ -196,7 +216,7 @@ class Channel:
             os._exit(1)
 
 
-def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...]) -> NoReturn:
+def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...], joined: int | None) -> NoReturn:
     spec = plan.spec
     process = spec.process
     assert process is not None
@@ -205,7 +225,16 @@ def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...])
     _prepare(process, streams, spec.linux.host_uid(process.user.uid))
     sources = rootfs.open_sources(spec)
     namespaces.write_sysctls(sources.proc_sys, spec.linux.sysctl, network=True)
-    namespaces.enter(spec.linux.namespaces, spec.linux.uid_mappings, spec.linux.gid_mappings, spec.linux.time_offsets)
+    if joined is not None:
+        namespaces.join(joined, plan.joined)
+        os.close(joined)
+    namespaces.enter(
+        spec.linux.namespaces,
+        spec.linux.uid_mappings,
+        spec.linux.gid_mappings,
+        spec.linux.time_offsets,
+        joined=plan.joined,
+    )
     _fork(channel)
     # From here on as the container's init.
     root = rootfs.build(spec, sources)
@@ -224,13 +253,16 @@ def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...])
         with doing(f"set domainname {spec.domainname}"):
             linux.setdomainname(spec.domainname)
     namespaces.write_sysctls(sources.proc_sys, spec.linux.sysctl, network=False)
-    _execute(process, channel, streams, plan.terminal, plan.filter, spec.linux.personality)
+    _execute(process, channel, streams, plan.terminal, plan.filter, spec.linux.personality, spec.hooks, plan.state)
 
 
 def _join_container(plan: ExecPlan, channel: Channel, streams: tuple[int, ...]) -> NoReturn:
     cgroups.enter(plan.cgroup, beside=plan.pid)
     _prepare(plan.process, streams, plan.stdio_uid)
-    namespaces.join(plan.pid, [NamespaceType(name) for name in plan.namespaces])
+    with doing(f"find the container's init {plan.pid}"):
+        init = os.pidfd_open(plan.pid)
+    with mounts.closing(init):
+        namespaces.join(init, plan.namespaces)
     _fork(channel)
     if plan.terminal:
         with mounts.closing(os.open("/", os.O_PATH | os.O_CLOEXEC)) as root:
@@ -276,6 +308,8 @@ def _execute(
     has_terminal: bool,
     filter_: Filter | None,
     personality: Personality | None,
+    own_hooks: Hooks = _NO_HOOKS,
+    state: str = "{}",
 ) -> NoReturn:
     if has_terminal:
         terminal.adopt(streams[0])
@@ -303,9 +337,14 @@ def _execute(
     _reset_signals()
     linux.close_range_cloexec(3)
     channel.wait_for_start()
-    if filter_:
-        # As late as can be, so that the filter need allow nothing but the program's own calls.
-        privileges.load_filter(program, filter_.flags)
+
+    def confine() -> None:
+        if filter_:
+            privileges.load_filter(program, filter_.flags)
+
+    hooks.run(own_hooks.start_container, state, environment, confine)
+    # As late as can be, so that the filter need allow nothing but the program's own calls.
+    confine()
     try:
         os.execve(path, arguments, environment)
     except OSError as error:

@@ -415,10 +415,26 @@ def sysctl_path(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Hooks:
-    """Hooks are the host's; only a startContainer hook would run in the guest, and is refused."""
+class Hook:
+    """A program that runs in the container; ``timeout`` in seconds, without ``env`` it has the process's."""
 
-    REFUSED: ClassVar = ("startContainer",)
+    path: str
+    args: tuple[str, ...] = ()
+    env: tuple[str, ...] | None = None
+    timeout: Annotated[int, Range(1, 86_400)] | None = None
+
+    def __post_init__(self) -> None:
+        _absolute("path", self.path)
+        for entry in self.env or ():
+            if entry.find("=") < 1:
+                raise InvalidArgument(f"env entry {entry[:64]!r} is not NAME=VALUE")
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """The hooks that run in the guest; the others are the host's."""
+
+    start_container: tuple[Hook, ...] = ()
 
 
 @dataclass(frozen=True)

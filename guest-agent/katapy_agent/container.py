@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from katapy_agent import cgroups, child, config, procfs
 from katapy_agent.errors import (
@@ -63,6 +64,13 @@ class Services:
     files: FileWatch
 
 
+class Joined(NamedTuple):
+    """The namespaces that a container shares with another, whose init ``pidfd`` is."""
+
+    pidfd: int
+    types: Sequence[str]
+
+
 class Container:
     """A container; it exists from the first moment of its creation until it was removed."""
 
@@ -90,8 +98,13 @@ class Container:
             return State.PAUSED
         return State.RUNNING if self._started else State.CREATED
 
-    async def build(self, spec: config.Spec, streams: Streams) -> int:
-        """Build the container up to an init that waits for `start`; return init's pid. Leaves nothing on failure."""
+    async def build(
+        self, spec: config.Spec, streams: Streams, *, bundle: str = "", joined: Joined | None = None
+    ) -> int:
+        """Build the container up to an init that waits for `start`; return init's pid. Leaves nothing on failure.
+
+        ``bundle`` is what its hooks are told of a directory of the host.
+        """
         if spec.process is None:
             raise InvalidArgument(f"container {self.id}: config.json has no process")
         if streams.terminal != spec.process.terminal:
@@ -103,9 +116,17 @@ class Container:
             undo.push_async_callback(asyncio.to_thread, cgroup.remove)
             undo.callback(cgroup.kill)
             plan = child.plan_init(
-                spec, container_id=self.id, cgroup=str(cgroup.path), rows=streams.rows, columns=streams.columns
+                spec,
+                container_id=self.id,
+                cgroup=str(cgroup.path),
+                rows=streams.rows,
+                columns=streams.columns,
+                bundle=bundle,
+                joined=joined.types if joined else (),
             )
-            init = await Process.build(self._services.launcher, self._services.reaper, plan, stdio)
+            init = await Process.build(
+                self._services.launcher, self._services.reaper, plan, stdio, joined.pidfd if joined else None
+            )
             undo.pop_all()
         self._spec, self._cgroup, self._init = spec, cgroup, init
         init.when_ended(self._init_ended)
@@ -171,6 +192,21 @@ class Container:
             self._require(State.PAUSED)
             await asyncio.to_thread(self.cgroup.thaw)
             self._paused = False
+
+    @contextlib.contextmanager
+    def join(self, types: Sequence[str]) -> Iterator[Joined]:
+        """Hold the container's namespaces of these ``types`` for another that is built.
+
+        Raises InvalidState where its init has ended, or is yet to be made.
+        """
+        if self._init is None or self.state is State.STOPPED:
+            raise InvalidState(f"container {self.id} is {self.state}: its namespaces cannot be joined")
+        # The agent reaps in this thread only, so the pid is still its.
+        pidfd = os.pidfd_open(self._init.pid)
+        try:
+            yield Joined(pidfd, types)
+        finally:
+            os.close(pidfd)
 
     def process(self, exec_id: str) -> Process:
         """Return the process called ``exec_id``, the container's init for an empty one. Raises NotFound."""
@@ -253,7 +289,7 @@ class Container:
             raise Unavailable(f"container {self.id} already runs {_EXECS_MAX} processes of the host's")
 
     def _init_ended(self) -> None:
-        # The kernel has killed the rest of its PID namespace already.
+        # The kernel has killed the rest of its PID namespace already, unless that is another container's.
         self.cgroup.kill()
         self._publish_end("", self.process(""))
 

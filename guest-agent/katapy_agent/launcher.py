@@ -91,9 +91,12 @@ class Launcher:
         self.pid = pid
         self._requests = requests
 
-    def launch(self, plan: Mapping[str, object], stdio: tuple[int, int, int] | None) -> Control:
+    def launch(
+        self, plan: Mapping[str, object], stdio: tuple[int, int, int] | None, joined: int | None = None
+    ) -> Control:
         """Start a process that follows ``plan`` with ``stdio`` (None: it makes its own) and return its control socket.
 
+        ``joined`` is a pidfd that the plan needs. All descriptors stay the caller's.
         Raises Unavailable when the launcher does not take the request.
         """
         encoded = json.dumps(plan).encode()
@@ -101,9 +104,10 @@ class Launcher:
         with theirs, io.FileIO(os.memfd_create("plan"), "w") as memory:
             memory.write(encoded)
             ours.setblocking(False)
-            request = json.dumps({"plan_size": len(encoded)}).encode()
+            request = json.dumps({"plan_size": len(encoded), "joined": joined is not None}).encode()
+            others = [] if joined is None else [joined]
             try:
-                socket.send_fds(self._requests, [request], [memory.fileno(), theirs.fileno(), *(stdio or ())])
+                socket.send_fds(self._requests, [request], [memory.fileno(), theirs.fileno(), *others, *(stdio or ())])
             except OSError as error:
                 ours.close()
                 raise errors.Unavailable(f"cannot start a process: launcher: {error.strerror}") from error
@@ -139,15 +143,17 @@ def _serve(requests: socket.socket) -> None:
 
 
 def _become(data: bytes, fds: list[int]) -> NoReturn:
+    request = json.loads(data)
     memory, control, *stdio = fds
+    joined = stdio.pop(0) if request["joined"] else None
     _close_all_but({0, 1, 2, *fds})
     # Else the kernel would reap, and forget the status of, a process whose parent has not ended yet.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # The agent is never to be killed for want of memory; what it starts may be.
     Path("/proc/self/oom_score_adj").write_text("0")
-    plan = json.loads(os.pread(memory, json.loads(data)["plan_size"], 0))
+    plan = json.loads(os.pread(memory, request["plan_size"], 0))
     os.close(memory)
-    child.run(plan, control, (stdio[0], stdio[1], stdio[2]) if stdio else None)
+    child.run(plan, control, (stdio[0], stdio[1], stdio[2]) if stdio else None, joined)
 
 
 def _end_with(last: Callable[[], object]) -> NoReturn:

@@ -32,9 +32,13 @@ def enter(
     uid_mappings: Sequence[IDMapping],
     gid_mappings: Sequence[IDMapping],
     time_offsets: Mapping[str, TimeOffset],
+    *,
+    joined: Sequence[str] = (),
 ) -> None:
-    """Make the namespaces that the container has for itself; see ``own_types``. Raises KatapyError."""
-    for type_ in own_types(namespaces):
+    """Make the namespaces that the container has for itself: all but those ``joined``. Raises KatapyError."""
+    for type_ in types_of(namespaces):
+        if type_ in joined:
+            continue
         if type_ is NamespaceType.USER:
             _enter_new_user_namespace(uid_mappings, gid_mappings)
             continue
@@ -45,21 +49,16 @@ def enter(
             _write("/proc/self/timens_offsets", f"{clock} {offset.secs} {offset.nanosecs}")
 
 
-def join(pid: int, types: Sequence[NamespaceType]) -> None:
-    """Join the namespaces of these types of process ``pid``, in one step. Raises KatapyError."""
-    flags = sum(_FLAGS[type_] for type_ in _FLAGS if type_ in types)
+def join(pidfd: int, types: Sequence[str]) -> None:
+    """Join the namespaces of these types of the process ``pidfd``, in one step. Raises KatapyError."""
     with doing("join the namespaces of the container"):
-        pidfd = os.pidfd_open(pid)
-        try:
-            linux.setns(pidfd, flags)
-        finally:
-            os.close(pidfd)
+        linux.setns(pidfd, sum(_FLAGS[type_] for type_ in _FLAGS if type_ in types))
     if NamespaceType.USER in types:
         become_root()
 
 
-def own_types(namespaces: Sequence[Namespace]) -> tuple[NamespaceType, ...]:
-    """Return the types of namespace that a container with these entries has for itself, in the order of making."""
+def types_of(namespaces: Sequence[Namespace]) -> tuple[NamespaceType, ...]:
+    """Return the types of namespace that a container with these entries does not share with the VM, in making order."""
     # Without one of its own it would see every other container's cgroup, and could kill the agent, and the VM with it.
     types = {NamespaceType(each.type) for each in namespaces} | {NamespaceType.CGROUP, NamespaceType.PID}
     return tuple(type_ for type_ in _FLAGS if type_ in types)

@@ -25,14 +25,21 @@ class Process:
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    async def build(cls, launcher: Launcher, reaper: Reaper, plan: Mapping[str, object], stdio: Stdio) -> Process:
+    async def build(
+        cls,
+        launcher: Launcher,
+        reaper: Reaper,
+        plan: Mapping[str, object],
+        stdio: Stdio,
+        joined: int | None = None,
+    ) -> Process:
         """Start a process that follows ``plan`` and return it when it waits to execute its program.
 
         Raises the process's own KatapyError when a step of its plan fails. ``stdio`` becomes the process's; after an
-        exception it is still the caller's.
+        exception it is still the caller's. ``joined`` is a pidfd that the plan needs.
         """
         try:
-            control = launcher.launch(plan, stdio.open_pipes())
+            control = launcher.launch(plan, stdio.open_pipes(), joined)
         finally:
             stdio.close_pipes()
         try:

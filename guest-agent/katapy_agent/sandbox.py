@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Final
 
 from katapy_agent import config, machine, storage
 from katapy_agent.container import Container, Services, State
-from katapy_agent.errors import AlreadyExists, InvalidArgument, InvalidState, NotFound, doing
+from katapy_agent.errors import AlreadyExists, InvalidArgument, InvalidState, NotFound, Unsupported, doing
 from katapy_agent.stdio import Streams
 
 _ID: Final = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.+-]{1,128}")  # as the host has it, and runc
 _RESOLV_CONF_MAX: Final = 64 << 10
 _CONTAINERS_MAX: Final = 256
+# The network is the VM's, and shared by all.
+_JOINABLE: Final = frozenset(("ipc", "uts", "pid"))
 
 
 class Sandbox:
@@ -61,9 +65,23 @@ class Sandbox:
             raise NotFound(f"container {container_id!r} does not exist")
         return self._containers[container_id]
 
-    async def create_container(self, container_id: str, spec: bytes, streams: Streams) -> int:
-        """Build a container from its config.json and return the pid of its init, which waits to be started."""
+    async def create_container(
+        self,
+        container_id: str,
+        spec: bytes,
+        streams: Streams,
+        *,
+        bundle: str = "",
+        joined_id: str = "",
+        joined_types: Sequence[str] = (),
+    ) -> int:
+        """Build a container from its config.json and return the pid of its init, which waits to be started.
+
+        It shares the namespaces ``joined_types`` (ipc, uts, pid) of the container ``joined_id``, which lives.
+        """
         check_id(container_id)
+        if unknown := set(joined_types) - _JOINABLE:
+            raise Unsupported(f"a container cannot share a namespace of type {min(unknown)[:32]!r}")
         if not self._created:
             raise InvalidState("there is no sandbox yet")
         if container_id in self._containers:
@@ -72,7 +90,9 @@ class Sandbox:
             raise InvalidState(f"sandbox already has {_CONTAINERS_MAX} containers")
         container = self._containers[container_id] = Container(container_id, self._services)
         try:
-            return await container.build(config.parse_spec(spec), streams)
+            with ExitStack() as held:
+                joined = held.enter_context(self.container(joined_id).join(joined_types)) if joined_types else None
+                return await container.build(config.parse_spec(spec), streams, bundle=bundle, joined=joined)
         except BaseException:
             del self._containers[container_id]
             raise

@@ -76,7 +76,14 @@ class AgentService:
         return _EMPTY
 
     async def create_container(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
-        pid = await self._sandbox.create_container(request.container_id, request.spec, _streams(request.stdio))
+        pid = await self._sandbox.create_container(
+            request.container_id,
+            request.spec,
+            _streams(request.stdio),
+            bundle=request.bundle,
+            joined_id=request.joined_container_id,
+            joined_types=tuple(request.joined_namespaces),
+        )
         return pb.CreateContainerResponse(pid=pid)
 
     async def start_container(self, request: pb.StartContainerRequest) -> pb.Empty:

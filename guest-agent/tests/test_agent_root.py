@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
         (rootfs / name).mkdir()
     (rootfs / "bin" / "busybox").write_bytes(BUSYBOX.read_bytes())
     (rootfs / "bin" / "busybox").chmod(0o755)
-    for name in ("sh", "cat", "sleep", "true", "head", "tty", "yes", "echo", "stty", "kill", "printf"):
+    for name in ("sh", "cat", "sleep", "true", "head", "tty", "yes", "echo", "stty", "kill", "printf", "ls", "test"):
         (rootfs / "bin" / name).symlink_to("busybox")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
@@ -372,3 +373,86 @@ def test_update_refuses_devices_and_what_the_kernel_lacks(agent: Agent) -> None:
         agent.call("UpdateContainer", container_id="limits", resources=b"{}")
     assert status_of(error)[1] == "InvalidState"
     agent.call("RemoveContainer", container_id="limits")
+
+
+def test_start_container_hooks(agent: Agent) -> None:
+    def create(*hooks: dict[str, Any]) -> dict[str, socket.socket]:
+        document = json.loads(agent.spec("/bin/echo", "program")) | {"hooks": {"startContainer": hooks}}
+        stdio, streams = agent.streams("stdout")
+        agent.call(
+            "CreateContainer", container_id="hooked", spec=json.dumps(document).encode(), stdio=stdio, bundle="/on/host"
+        )
+        return streams
+
+    state = {"ociVersion": "1.0.2", "id": "hooked", "status": "created", "bundle": "/on/host", "annotations": {}}
+    expected = json.dumps({**state, "pid": 1})
+    compare = {"path": "/bin/sh", "args": ["sh", "-c", 'test "$(cat)" = "$0"', expected]}
+    streams = create(compare, {"path": "/bin/sh", "args": ["sh", "-c", "sleep 1000 & exit 0"], "timeout": 20})
+    agent.call("StartContainer", container_id="hooked")
+    assert read_all(streams["stdout"]) == b"program\n"
+    assert agent.wait("hooked") == 0
+    agent.call("RemoveContainer", container_id="hooked")
+    for hook, kind, text in (
+        ({"path": "/bin/sh", "args": ["sh", "-c", "echo a; echo b >&2; exit 5"]}, "Unavailable", "status 5: a | b"),
+        ({"path": "/bin/sh", "args": ["sh", "-c", "kill -9 $$"]}, "Unavailable", "was killed by signal 9"),
+        ({"path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1}, "Timeout", "did not end within 1 s"),
+        ({"path": "/bin/absent"}, "Unavailable", "status 127: no such file or directory"),
+    ):
+        streams = create({"path": "/bin/true"}, hook)
+        with pytest.raises(grpc.RpcError) as error:
+            agent.call("StartContainer", container_id="hooked")
+        assert status_of(error)[1] == kind
+        assert status_of(error)[2].startswith(f"hooks.startContainer[1]: {hook['path']}: ")
+        assert status_of(error)[2].endswith(text)
+        assert read_all(streams["stdout"]) == b""
+        assert agent.wait("hooked") == 1
+        agent.call("RemoveContainer", container_id="hooked")
+
+
+def test_joined_namespaces(agent: Agent) -> None:
+    def join(name: str, *types: str, of: str = "first", script: str = "exec /bin/sleep 1000") -> None:
+        document = agent.spec("/bin/sh", "-c", script)
+        agent.call("CreateContainer", container_id=name, spec=document, joined_container_id=of, joined_namespaces=types)
+        agent.call("StartContainer", container_id=name)
+
+    def namespaces(name: str) -> dict[str, str]:
+        stdio, streams = agent.streams("stdout")
+        process = agent.process(
+            "/bin/sh", "-c", "for n in ipc uts pid mnt cgroup; do /bin/ls -l /proc/self/ns/$n; done"
+        )
+        agent.call("ExecProcess", container_id=name, exec_id="look", process=process, stdio=stdio)
+        lines = read_all(streams["stdout"]).decode().splitlines()
+        return dict(line.rpartition(" ")[2].split(":") for line in lines)
+
+    for refused, target, type_ in (("NotFound", "nobody", "pid"), ("Unsupported", "first", "mount")):
+        with pytest.raises(grpc.RpcError) as error:
+            join("x", type_, of=target)
+        assert status_of(error)[1] == refused
+    agent.run("first", "/bin/sh", "-c", "trap '' CHLD; while :; do /bin/sleep 0.1; done")
+    join("some", "ipc", "uts")
+    join("none")
+    # The children that it leaves behind are the first one's to reap, and its cgroup's to kill.
+    join("all", "ipc", "uts", "pid", script="/bin/sleep 999 & /bin/sleep 998 & exec /bin/sleep 997")
+    first, some, everything = namespaces("first"), namespaces("some"), namespaces("all")
+    assert first.items().isdisjoint(namespaces("none").items())
+    assert {kind for kind in first if first[kind] == some[kind]} == {"ipc", "uts"}
+    assert {kind for kind in first if first[kind] == everything[kind]} == {"ipc", "uts", "pid"}
+    assert [each.container_pid for each in agent.call("ListProcesses", container_id="some").processes] == [1]
+    assert len(agent.call("ListProcesses", container_id="all").processes) == 3
+    agent.call("SignalProcess", container_id="all", signal=9)
+    assert agent.wait("all") == 137
+    deadline = time.monotonic() + 10
+    while agent.call("ListProcesses", container_id="all").processes:
+        assert time.monotonic() < deadline, "its children survive it"
+        time.sleep(0.01)
+    agent.call("RemoveContainer", container_id="all")
+    assert namespaces("first") == first
+    join("all", "pid")
+    agent.call("SignalProcess", container_id="first", signal=9)
+    assert agent.wait("first") == 137
+    assert agent.wait("all") == 137
+    with pytest.raises(grpc.RpcError) as error:
+        join("late", "ipc")
+    assert status_of(error)[1:] == ("InvalidState", "container first is stopped: its namespaces cannot be joined")
+    for name in ("all", "some", "none", "first"):
+        agent.call("RemoveContainer", container_id=name)

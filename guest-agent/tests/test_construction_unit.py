@@ -100,7 +100,6 @@ def test_wrong_values_are_refused_by_name(path: str, value: object, words: str) 
     [
         ("ociVersion", "2.0.0", "ociVersion"),
         ("vm", {"hypervisor": {"path": "/x"}}, "vm is not supported"),
-        ("hooks", {"startContainer": [{"path": "/x"}]}, "hooks.startContainer is not supported"),
         ("process.apparmorProfile", "docker-default", "process.apparmorProfile 'docker-default'"),
         ("process.selinuxLabel", "system_u:x", "process.selinuxLabel"),
         ("process.execCPUAffinity", {"initial": "0"}, "process.execCPUAffinity is not supported"),

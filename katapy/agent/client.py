@@ -74,10 +74,17 @@ class AgentClient:
         await self._call("ReseedRandom", agent_pb2.ReseedRandomRequest(data=data))
 
     async def create_container(
-        self, container_id: str, spec: bytes, stdio: agent_pb2.Stdio, *, joined: tuple[str, Sequence[str]] = ("", ())
+        self,
+        container_id: str,
+        spec: bytes,
+        stdio: agent_pb2.Stdio,
+        *,
+        bundle: str,
+        joined: tuple[str, Sequence[str]] = ("", ()),
     ) -> int:
         """Build a container; its init waits for ``start_container``. Returns its pid in the guest.
 
+        ``bundle`` is a directory of the host, of which the container's hooks are told.
         ``joined`` is a container of the pod and the types of its namespaces that the new one shares.
         """
         request = agent_pb2.CreateContainerRequest(
@@ -86,13 +93,15 @@ class AgentClient:
             stdio=stdio,
             joined_container_id=joined[0],
             joined_namespaces=joined[1],
+            bundle=bundle,
         )
         response: agent_pb2.CreateContainerResponse = await self._call("CreateContainer", request)
         return response.pid
 
-    async def start_container(self, container_id: str) -> None:
-        """Let the container's init run."""
-        await self._call("StartContainer", agent_pb2.StartContainerRequest(container_id=container_id))
+    async def start_container(self, container_id: str, *, hooks: float = 0.0) -> None:
+        """Let the container's init run. ``hooks`` is how many seconds the hooks before that may take."""
+        request = agent_pb2.StartContainerRequest(container_id=container_id)
+        await self._call("StartContainer", request, self._deadline + hooks)
 
     async def exec_process(self, container_id: str, exec_id: str, process: bytes, stdio: agent_pb2.Stdio) -> int:
         """Start one more process; ``process`` is the JSON object of runtime-spec. Returns its pid in the guest."""

@@ -140,7 +140,8 @@ class Pod:
 
     def start(self) -> None:
         """Let the created container run."""
-        self.task.start(self._id)
+        # Hooks have deadlines of their own.
+        TaskClient(self._client, timeout=None).start(self._id)
 
     def kill(self, number: int, *, everyone: bool) -> None:
         """Send a signal to the container's init, or to ``everyone`` in it."""

@@ -211,9 +211,9 @@ class Spec:
             limits = {key: value for key, value in resources.items() if key != "blockIO"}
             document["linux"] = {**document["linux"], "resources": limits}
         if self.joined_namespaces:
-            # The paths are the host's; what is joined in the guest is said beside the document.
-            kept = [{"type": namespace.type} for namespace in self.linux.namespaces if not namespace.path]
-            document["linux"] = {**document["linux"], "namespaces": kept}
+            # The paths are the host's; which ones are joined in the guest is said beside the document.
+            types = [{"type": namespace.type} for namespace in self.linux.namespaces]
+            document["linux"] = {**document["linux"], "namespaces": types}
         if sources:
             document["mounts"] = [
                 {**mount, "source": sources[index]} if index in sources else mount

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -35,6 +35,11 @@ try:
 except OSError as error:
     sys.exit(error.strerror)
 """
+
+
+def hooks_seconds(hooks: Sequence[Hook]) -> float:
+    """Return how long these hooks may take together, in seconds."""
+    return sum(hook.timeout or _TIMEOUT for hook in hooks)
 
 
 async def run_hook(name: str, hook: Hook, *, state: Mapping[str, Any], mount_namespace: int, bundle: str) -> None:

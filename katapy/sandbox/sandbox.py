@@ -23,6 +23,7 @@ from katapy.oci.linux import Resources
 from katapy.oci.update import parse_change
 from katapy.proto import agent_pb2
 from katapy.sandbox.container import Container
+from katapy.sandbox.hooks import hooks_seconds
 from katapy.sandbox.host import Host, await_stand_in, remove_cgroup
 from katapy.sandbox.host_cgroup import HostCgroup
 from katapy.sandbox.machine import Machine, start_machine
@@ -145,7 +146,8 @@ class Sandbox:
                 await machine.guarded(self._exec_in_guest(machine, process, container.exec_specs[exec_id]))
                 process.watch = asyncio.create_task(self._watch(process), name=f"wait for {process.name}")
             else:
-                await machine.guarded(machine.agent.start_container(container_id))
+                hooks = hooks_seconds(container.bundle.spec.hooks.start_container)
+                await machine.guarded(machine.agent.start_container(container_id, hooks=hooks))
             if process.status is Status.CREATED:
                 process.status = Status.RUNNING
                 if not exec_id:
@@ -390,9 +392,12 @@ class Sandbox:
     async def _create_in_guest(self, machine: Machine, process: GuestProcess, names: list[str], spec: bytes) -> int:
         stdio = await self._open_streams(machine, process, names)
         # The network is the VM's, so every container of the pod has it already.
-        types = self._container(process.container_id).bundle.spec.joined_namespaces
+        bundle = self._container(process.container_id).bundle
+        types = bundle.spec.joined_namespaces
         joined = (self.id, [kind for kind in types if kind != "network"]) if types else ("", ())
-        return await machine.agent.create_container(process.container_id, spec, stdio, joined=joined)
+        return await machine.agent.create_container(
+            process.container_id, spec, stdio, bundle=bundle.path, joined=joined
+        )
 
     async def _exec_in_guest(self, machine: Machine, process: GuestProcess, spec: bytes) -> None:
         stdio = await self._open_streams(machine, process, process.stdio.names())

@@ -220,3 +220,142 @@ def test_events_and_processes(katapy: Katapy, bundle: MakeBundle) -> None:
     refused(katapy("events", "c1"), "container with id c1 is not running")
     assert json.loads(katapy("ps", "--format", "json", "c1", check=True).stdout) == []
     katapy("delete", "c1", check=True)
+
+
+def _hook(script: str, **members: Any) -> dict[str, Any]:
+    return {"path": "/bin/sh", "args": ["sh", "-c", script], **members}
+
+
+def test_start_container_hooks(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
+    """In the container, before its program and with what that has: as under runc, measured against 1.1.5."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    volume.chmod(0o777)
+    facts = "cat > state; (pwd; id -u; echo $0 $A-$B; readlink /proc/self/ns/pid; grep -i -e CapEff -e Seccomp: \
+/proc/self/status) > facts; chmod 777 facts || echo refused >> facts"
+
+    def edit(spec: dict[str, Any]) -> None:
+        spec["process"] |= {"cwd": "/volume", "user": {"uid": 1000, "gid": 1000}}
+        spec["process"]["env"] += ["A=program"]
+        spec["process"]["capabilities"] = {}
+        spec["mounts"].append({"destination": "/volume", "type": "bind", "source": str(volume), "options": ["rbind"]})
+        spec["linux"]["seccomp"] = {
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["chmod", "fchmodat"], "action": "SCMP_ACT_ERRNO"}],
+        }
+        spec["annotations"] = {"colour": "green"}
+        spec["hooks"] = {
+            "startContainer": [
+                {"path": "/bin/sh", "args": ["sh", "-c", facts, "own-name"]},
+                _hook("/bin/pwd > second; echo $A-$B >> second", env=["B=hook"], timeout=60),
+            ]
+        }
+
+    directory = bundle(sh("cat facts second; readlink /proc/self/ns/pid; ls > last"), edit=edit)
+    output = tmp_path / "output"
+    katapy.detach("create", "--bundle", directory, "c1", output=output)
+    assert list(volume.iterdir()) == []
+    katapy("start", "c1", check=True)
+    eventually(lambda: katapy.state("c1")["status"] == "stopped", "it does not end")
+    cwd, uid, names, pid_namespace, *rest = output.read_text().splitlines()
+    assert (cwd, uid, names) == ("/volume", "1000", "own-name program-")
+    assert rest[:3] == ["CapEff:\t0000000000000000", "Seccomp:\t2", "refused"]
+    assert rest[3:] == ["/volume", "-hook", pid_namespace]
+    assert json.loads((volume / "state").read_text()) == {
+        "ociVersion": json.loads((directory / "config.json").read_text())["ociVersion"],
+        "id": "c1",
+        "status": "created",
+        "pid": 1,
+        "bundle": str(directory),
+        "annotations": {"colour": "green"},
+    }
+    katapy("delete", "c1", check=True)
+
+
+@pytest.mark.parametrize(
+    ("hook", "text"),
+    [
+        (_hook("echo out; echo err >&2; exit 3"), "ended with status 3: out | err"),
+        (_hook("sleep 1000", timeout=1), "did not end within 1 s"),
+        ({"path": "/bin/nonsense"}, "ended with status 127: no such file or directory"),
+    ],
+)
+def test_a_start_container_hook_that_fails(
+    katapy: Katapy, bundle: MakeBundle, tmp_path: Path, hook: dict[str, Any], text: str
+) -> None:
+    def edit(spec: dict[str, Any]) -> None:
+        spec["hooks"] = {"startContainer": [hook]}
+
+    output = tmp_path / "output"
+    katapy.detach("create", "--bundle", bundle(sh("echo program"), edit=edit), "c1", output=output)
+    refused(katapy("start", "c1"), f"hooks.startContainer[0]: {hook['path']}: {text}")
+    eventually(lambda: katapy.state("c1")["status"] == "stopped", "it goes on")
+    assert output.read_bytes() == b""
+    katapy("delete", "c1", check=True)
+
+
+def test_a_pod_of_two(katapy: Katapy, bundle: MakeBundle) -> None:
+    """A second container in the VM of the first: what they share, and that the end of one is not the other's."""
+
+    def sandbox(spec: dict[str, Any]) -> None:
+        spec["hostname"] = "pod"
+        spec["annotations"] = {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "s1"}
+
+    def member(*shared: str) -> Edit:
+        def edit(spec: dict[str, Any]) -> None:
+            spec.pop("hostname")
+            spec["annotations"] = {
+                "io.kubernetes.cri.container-type": "container",
+                "io.kubernetes.cri.sandbox-id": "s1",
+            }
+            for namespace in spec["linux"]["namespaces"]:
+                if namespace["type"] in shared:
+                    name = {"network": "net"}.get(namespace["type"], namespace["type"])
+                    namespace["path"] = f"/proc/{katapy.state('s1')['pid']}/ns/{name}"
+
+        return edit
+
+    def seen(name: str, script: str) -> str:
+        return output_of(katapy, name, script).strip()
+
+    def namespaces(name: str) -> dict[str, str]:
+        kinds = ("ipc", "uts", "pid", "net", "mnt", "cgroup")
+        return {kind: seen(name, f"readlink /proc/self/ns/{kind}") for kind in kinds}
+
+    waiting = sh("echo $0 in $(hostname); trap 'exit 9' TERM; while :; do sleep 0.1; done")
+    katapy.detach("run", "--detach", "--bundle", bundle(waiting, edit=sandbox), "s1")
+    katapy.detach("run", "--detach", "--bundle", bundle(waiting, edit=member("ipc", "uts", "network")), "m1")
+    katapy.detach("run", "--detach", "--bundle", bundle(waiting, edit=member("ipc", "uts", "pid", "network")), "m2")
+    boot = "cat /proc/sys/kernel/random/boot_id"
+    assert seen("m1", boot) == seen("m2", boot) == seen("s1", boot)
+    first, second, third = namespaces("s1"), namespaces("m1"), namespaces("m2")
+    assert {kind for kind in first if first[kind] == second[kind]} == {"ipc", "uts", "net"}
+    assert {kind for kind in first if first[kind] == third[kind]} == {"ipc", "uts", "net", "pid"}
+    assert seen("m1", "hostname") == "pod"
+    assert seen("m1", "echo $$; cat /proc/1/cmdline | tr '\\0' ' ' | head -c 7") != ""
+    # Its init is one process of the sandbox's namespace, and it sees that one's.
+    assert "m2" not in seen("m1", "ps")
+    inits = seen("m2", "ps | grep -c '[t]rap'")
+    assert int(inits) == 2
+
+    # As it is not pid 1 of a namespace of its own, its children are not the kernel's to kill.
+    katapy.detach("exec", "--detach", "m2", "/bin/sleep", "4321")
+    katapy("kill", "m2", "KILL", check=True)
+    eventually(lambda: katapy.state("m2")["status"] == "stopped", "it does not end")
+    eventually(lambda: "4321" not in seen("s1", "ps"), "its processes survive it")
+    assert katapy.state("s1")["status"] == katapy.state("m1")["status"] == "running"
+    katapy("delete", "m2", check=True)
+    katapy("kill", "m1", "TERM", check=True)
+    eventually(lambda: katapy.state("m1")["status"] == "stopped", "it does not end")
+    katapy("delete", "m1", check=True)
+    assert seen("s1", "hostname") == "pod"
+    katapy.detach("run", "--detach", "--bundle", bundle(waiting, edit=member("pid")), "m3")
+    katapy("kill", "s1", "KILL", check=True)
+    eventually(lambda: katapy.state("s1")["status"] == "stopped", "it does not end")
+    # The kernel kills what is in the PID namespace of the init that has ended.
+    eventually(lambda: katapy.state("m3")["status"] == "stopped", "it survives its PID namespace")
+    refused(katapy("create", "--bundle", bundle(waiting, edit=member("ipc")), "m4"), "s1 is stopped")
+    refused(katapy("delete", "s1"), "cannot delete s1: its VM is shared by m3")
+    assert katapy.state("m3")["status"] == "stopped"
+    katapy("delete", "m3", check=True)
+    katapy("delete", "s1", check=True)
