@@ -413,8 +413,9 @@ class _Terminal:
 def main(arguments: Iterable[str]) -> int:
     """Be the stand-in: ``--socket-fd N --id C [--exec E] [--ready-fd M]``, with the container's stdio as 0, 1 and 2.
 
-    Writes "+" to the ready descriptor once attached, or "-" and the error as JSON, and closes it. Returns the exit
-    status of the process, SHIM_DIED when the sandbox was lost, 1 when attaching failed.
+    Writes "!" to the ready descriptor when it has announced itself, then "+" once attached, or "-" and the error as
+    JSON, and closes it. Returns the exit status of the process, SHIM_DIED when the sandbox was lost, 1 when attaching
+    failed.
     """
     options = iter(arguments)
     given = dict(zip(options, options, strict=True))
@@ -423,6 +424,8 @@ def main(arguments: Iterable[str]) -> int:
         try:
             control = _socket.socket(fileno=int(given["--socket-fd"]))
             announce(control, given["--id"], given.get("--exec", ""))
+            if ready_fd >= 0:
+                os.write(ready_fd, b"!")
             attachment = attach(control)
         except AttachError as error:
             _report(ready_fd, b"-" + json.dumps({"error": str(error), "kind": error.kind, "code": error.code}).encode())

@@ -41,8 +41,12 @@ class StandIn:
     """A stand-in that was started and has announced itself; whoever started it calls ``attached`` or ``kill``."""
 
     def __init__(self, process: Process, ready: int, name: str) -> None:
+        """Wait until it has announced itself, over its report ``ready``. Raises Unavailable when it died."""
         self.pid = process.pid
         self._process, self._ready, self._name = process, ready, name
+        if os.read(ready, 1) != b"!":
+            self.kill()
+            raise Unavailable(f"the stand-in of {name} died at once")
 
     def attached(self) -> int:
         """Wait until it has the streams, leave it to itself, and return its pid.

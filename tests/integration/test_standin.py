@@ -58,7 +58,7 @@ class StandIn:
             far.settimeout(10)
         self.streams = {name: far for name, (_, far) in pairs.items()}
         with os.fdopen(ready, "rb") as file:
-            assert file.read() == b"+"
+            assert file.read() == b"!+"
 
     def hear(self) -> Any:
         return json.loads(self.control.recv(65536))
@@ -235,6 +235,15 @@ async def test_start_standin(tmp_path: Path) -> None:
             _, status = await asyncio.to_thread(os.waitpid, standin.pid, 0)
             assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGUSR1
             assert await asyncio.to_thread(file.read) == b""
+
+
+def test_a_stand_in_that_dies_at_once(tmp_path: Path) -> None:
+    """One whose network namespace was not there: its container waited a minute for somebody to come for its streams."""
+    listening = unix.listen(tmp_path / launch.ATTACH_SOCKET, socket.SOCK_SEQPACKET)
+    with listening, pytest.raises(Unavailable, match="the stand-in of c1 died at once"):
+        launch.start_standin(tmp_path, "c1", "", (0, 1, 2), prefix=["/bin/false"])
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 # What the launcher is tested with instead of the shim: an interpreter that ignores the program it is told to run.
