@@ -6,6 +6,7 @@ The sandbox says when. Source of the order: runtime-spec 1.2, runtime.md, "Lifec
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from katapy.sandbox.hooks import require_no_interfaces, run_hook
 from katapy.sandbox.host_cgroup import HostCgroup, boot_limits, run_limits, update_limits
 from katapy.sandbox.process import GuestProcess
 from katapy.sandbox.sizing import Size
-from katapy.state import Status, state_json
+from katapy.state import DEFAULT_ROOT, Status, state_json
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,15 @@ class Host:
     """Where a pod was started.
 
     ``mounts`` is a descriptor of the host's mount namespace, ``driver`` who makes cgroups, ``creator`` the pid of the
-    command that made the pod, which may stand for a container without being one of the pod's own processes.
+    command that made the pod, which may stand for a container without being one of the pod's own processes, ``root``
+    the directory of the state directories.
     Made before this process moves into a cgroup of its own: relative paths start where it is now.
     """
 
     mounts: int
     driver: Driver
     creator: int
+    root: Path
     layout: Layout = field(default_factory=find_layout)
 
     async def prepare(self, container: Container) -> None:
@@ -120,13 +123,17 @@ class Host:
 
     async def _make_cgroup(self, container: Container, limits: HostLimits, pid: int) -> HostCgroup:
         def make() -> HostCgroup:
-            spec, save = container.bundle.spec, container.record.cgroup
-            return HostCgroup.create(
-                container.id, spec, limits, driver=self.driver, layout=self.layout, pid=pid, save=save
-            )
+            spec, save, name = container.bundle.spec, container.record.cgroup, self._cgroup_name(container)
+            return HostCgroup.create(name, spec, limits, driver=self.driver, layout=self.layout, pid=pid, save=save)
 
         container.cgroup = await asyncio.to_thread(make)
         return container.cgroup
+
+    def _cgroup_name(self, container: Container) -> str:
+        """Return the name of a cgroup that the configuration does not name: ids are unique below one root only."""
+        if str(self.root) == DEFAULT_ROOT:
+            return container.id
+        return f"{hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]}-{container.id}"
 
     def _stands_alone(self, process: GuestProcess) -> bool:
         return process.host_pid not in (0, self.creator)

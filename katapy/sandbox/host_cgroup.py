@@ -109,7 +109,7 @@ class HostCgroup:
     @classmethod
     def create(
         cls,
-        container_id: str,
+        name: str,
         spec: Spec,
         limits: HostLimits,
         *,
@@ -118,12 +118,12 @@ class HostCgroup:
         pid: int,
         save: Callable[[Record], None],
     ) -> HostCgroup:
-        """Make the cgroup that ``spec`` names, and put the process ``pid`` into it.
+        """Make the cgroup that ``spec`` names, else one called ``name``, and put the process ``pid`` into it.
 
         ``save`` is told of it before it is made, and again when it is, for whoever must remove it if this process
         cannot. Raises what ``Cgroup.create`` raises.
         """
-        path = parse_cgroups_path(spec.linux.cgroups_path, driver, container_id)
+        path = parse_cgroups_path(spec.linux.cgroups_path, driver, name)
         save(plan_record(layout, path))
         own = cls(Cgroup.create(path, limits, layout=layout, pid=pid))
         own._guests.append(pid)

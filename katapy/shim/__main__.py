@@ -71,7 +71,7 @@ async def _serve(options: argparse.Namespace, host_mounts: int) -> None:
         log.debug("sandbox %s was removed before it began", options.id)
         return
     driver = Driver.SYSTEMD if options.systemd_cgroup else Driver.CGROUPFS
-    host = Host(host_mounts, driver, record.creator.pid if record.creator else 0)
+    host = Host(host_mounts, driver, record.creator.pid if record.creator else 0, root)
     sandbox = Sandbox(root, options.id, record, Config.load(options.config), host)
     service = TaskService(sandbox)
     loop = asyncio.get_running_loop()

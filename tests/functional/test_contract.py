@@ -317,3 +317,16 @@ def test_the_command_itself_stays_where_it_was(katapy: Katapy, bundle: MakeBundl
         assert _cgroup_of(process.pid) == _cgroup_of(os.getpid())
         process.stdin.close()
         assert process.wait(DEADLINE) == 0
+
+
+def test_the_same_id_below_two_roots(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
+    """Ids are unique below one root: a cgroup called by the id alone was already taken for the second container."""
+    directory = bundle(["sh", "-c", "echo up; cat"])
+    other = Katapy(tmp_path / "other")
+    with katapy.start("run", "--bundle", directory, "c1", stdin=-1, stdout=-1) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == b"up\n"
+        assert other("run", "--bundle", directory, "c1", stdin=b"x", check=True).stdout == b"up\nx"
+        process.stdin.close()
+        assert process.wait(DEADLINE) == 0
