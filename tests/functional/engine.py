@@ -133,9 +133,10 @@ class Engine:
     def remove_cgroup(self) -> None:
         """Remove what the engine itself leaves of its cgroups; one that is in use stays, for the caller to find."""
         for top in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
-            for name in ("conmon", ""):
+            # The second is podman's own choice.
+            for name in (f"{self.cgroup}/conmon", self.cgroup, "/libpod_parent/conmon", "/libpod_parent"):
                 with contextlib.suppress(OSError):
-                    (top / self.cgroup.lstrip("/") / name).rmdir()
+                    Path(f"{top}{name}").rmdir()
 
     def containers(self) -> Iterator[str]:
         """Yield the names of the containers that are left."""

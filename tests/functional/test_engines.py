@@ -22,6 +22,8 @@ import pytest
 from engine import RUNC, Done, Engine
 from harness import DEADLINE, make_busybox
 
+SOURCE = Path(__file__).resolve().parents[2]
+
 pytestmark = pytest.mark.skipif(
     shutil.which("podman") is None or not RUNC.exists(), reason="no podman or runc: scripts/setup test-tools"
 )
@@ -108,13 +110,24 @@ def _until_logged(engine: Engine, name: str, text: str) -> None:
 
 
 def test_attached(engine: Engine) -> None:
-    """Output, error output and input each on its own stream; the exit status; and katapy's pid 1 gets the arguments."""
-    script = 'read line; echo "out $line $1"; echo err >&2; cat | wc -c; exit 7'
+    """Each stream, the exit status, the arguments; and with the host's name, for which "(none)" came."""
+    script = 'hostname; read line; echo "out $line $1"; echo err >&2; cat | wc -c; exit 7'
     bulk = "word\n" + "x" * 300_000
     theirs, ours = _same(
-        engine, "--interactive", "--rootfs", engine.rootfs, "sh", "-c", script, "sh", "two  words", stdin=bulk
+        engine,
+        "--interactive",
+        "--uts",
+        "host",
+        "--rootfs",
+        engine.rootfs,
+        "sh",
+        "-c",
+        script,
+        "sh",
+        "two  words",
+        stdin=bulk,
     )
-    assert ours == theirs == Done(7, "out word two  words\n300000\n", "err\n")
+    assert ours == theirs == Done(7, f"{os.uname().nodename}\nout word two  words\n300000\n", "err\n")
 
 
 @pytest.mark.parametrize(("program", "status"), [("/nonesuch", 127), ("/etc/passwd", 126)])
@@ -286,3 +299,19 @@ def test_buildah(engine: Engine) -> None:
     engine("buildah", "commit", "--quiet", "--rm", container, "localhost/built")
     assert engine.run("--rm", "localhost/built").out == "built in a VM\n"
     engine("podman", "image", "rm", "--all", "--force")
+
+
+def test_the_readme_s_commands(engine: Engine) -> None:
+    """As written, but for the installation: in a directory that looks like a checkout after `make run`."""
+    section = (SOURCE / "README.md").read_text().partition("## With podman and buildah")[2]
+    script = section.partition("```sh\n")[2].partition("```")[0]
+    install, _, script = script.partition("\n")
+    assert install.startswith("apt-get install ")
+    hello = shutil.copytree(SOURCE / "examples/hello", engine.directory / "examples/hello")
+    engine(hello / "prepare")
+    (engine.directory / ".venv/bin").mkdir(parents=True)
+    (engine.directory / ".venv/bin/katapy").symlink_to(engine.directory / "katapy")
+    lines = engine("sh", "-euc", script).out.splitlines()
+    engine("podman", "image", "rm", "--all", "--force")
+    assert lines[0] == lines[-1] != os.uname().release
+    assert any(line.endswith("sleep 1000") for line in lines)
