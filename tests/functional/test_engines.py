@@ -13,15 +13,16 @@ import select
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine import RUNC, Done, Engine
-from harness import DEADLINE, make_busybox
+from harness import DEADLINE, await_ends, descendants, make_busybox
 
+CONMON_SECONDS = 10.0
 SOURCE = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(
@@ -66,16 +67,18 @@ def engine(host: None) -> Iterator[Engine]:
     Not in pytest's directory: conmon binds a unix socket in it, and where its name is too long podman waits for 20 s.
     """
     with tempfile.TemporaryDirectory(prefix="katapy-") as name:
-        made = Engine.make(Path(name) / "e")
+        made, known = Engine.make(Path(name) / "e"), descendants()
         make_busybox(Path(made.rootfs))
         yield made
-        _clean_up(made)
+        _clean_up(made, known)
 
 
-def _clean_up(made: Engine) -> None:
+def _clean_up(made: Engine, known: Collection[int]) -> None:
     left = list(made.containers())
     for name in left:
         made("podman", "rm", "--force", "--time", "0", name, check=False)
+    # It may still be tidying up after its container, in its cgroup; who stays longer is for ``host`` to find.
+    await_ends(known, CONMON_SECONDS)
     made.remove_cgroup()
     state = made.directory / "katapy.state"
     names = os.listdir(state) if state.exists() else []
@@ -151,6 +154,9 @@ def test_a_container_s_life(engine: Engine) -> None:
     assert b"katapy" in Path(f"/proc/{state['Pid']}/cmdline").read_bytes()
     assert Path(f"/proc/{state['ConmonPid']}/comm").read_text() == "conmon\n"
     assert engine.podman("ps", "--quiet", "--no-trunc").out.split() == [identity]
+    # It listed every process of the host: top looks where the container's pid is, and that was there.
+    assert engine.podman("top", "c1", "pid").out.split() == ["PID", "1"]
+    assert "sleep 1000" in engine.podman("top", "c1", "-o", "pid,args").out
 
     done = engine.podman(
         "exec", "--interactive", "c1", "sh", "-c", "cat; echo $A; echo e >&2; exit 9", stdin="in\n", check=False
