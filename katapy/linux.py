@@ -10,6 +10,7 @@ import os
 import struct
 from typing import Final
 
+CLONE_NEWPID: Final = 0x20000000
 CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWNET: Final = 0x40000000
 
@@ -79,6 +80,11 @@ def umount(target: str, flags: int = 0) -> None:
 def unshare(flags: int) -> None:
     """Leave shared namespaces (unshare(2)); the calling thread only."""
     _check(_libc.unshare(flags), "unshare")
+
+
+def setns(fd: int, kind: int) -> None:
+    """Enter the namespace behind ``fd``, of the CLONE_NEW* ``kind`` (setns(2))."""
+    _check(_libc.setns(fd, kind), "setns")
 
 
 def prctl(option: int, value: int = 0) -> int:

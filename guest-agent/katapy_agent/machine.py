@@ -20,6 +20,7 @@ _NANOSECONDS: Final = 1_000_000_000
 _RNDADDENTROPY: Final = 0x40085203
 _RNDRESEEDCRNG: Final = 0x5207
 _IFF_UP: Final = 1
+_PID_MAX: Final = Path("/proc/sys/kernel/pid_max")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,18 @@ def reseed(data: bytes) -> None:
     with doing("reseed the random generator"), Path("/dev/urandom").open("wb", buffering=0) as device:
         fcntl.ioctl(device, _RNDADDENTROPY, struct.pack("ii", len(data) * 8, len(data)) + data)
         fcntl.ioctl(device, _RNDRESEEDCRNG)
+
+
+def raise_pid_max() -> None:
+    """Let there be as many processes as this kernel can number: a container's limit is its own. Raises KatapyError.
+
+    A kernel of small tables (CONFIG_BASE_SMALL, as the tuned one) begins with 4096 and refuses the usual maximum.
+    """
+    with doing("raise kernel.pid_max"):
+        try:
+            _PID_MAX.write_text("4194304")
+        except OSError:
+            _PID_MAX.write_text("32768")
 
 
 def loopback_up() -> None:

@@ -177,6 +177,15 @@ def apply_options(tree: int, options: Options) -> None:
         linux.mount_setattr(tree, propagation=flag, recursive=recursive)
 
 
+def is_missing(root: int, path: str, *, resolve: int = IN_ROOT) -> bool:
+    """Return whether there is nothing at ``path`` inside ``root``. Raises OSError as ``make_target`` does."""
+    try:
+        os.close(linux.openat2(root, path, os.O_PATH, resolve=resolve))
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def make_target(root: int, path: str, *, directory: bool, resolve: int = IN_ROOT) -> int:
     """Return a descriptor (O_PATH) of ``path`` inside ``root``, making what is missing: directories, or a file.
 

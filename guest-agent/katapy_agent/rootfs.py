@@ -203,19 +203,21 @@ def _mount(root: int, mount: Mount, tree: int | None) -> None:
     options = mounts.parse_options(mount)
     directory = tree is None or mounts.is_directory(tree)
     resolve = mounts.target_resolution(options)
+    # As under runc, a tmpfs is like the directory that it covers, and where there was none as the kernel makes it.
+    made = mounts.is_missing(root, mount.destination, resolve=resolve)
     with closing(mounts.make_target(root, mount.destination, directory=directory, resolve=resolve)) as target:
         _check_target(root, mount, target)
-        tree = _new_filesystem(mount, options, target) if tree is None else tree
+        tree = _new_filesystem(mount, options, None if made else target) if tree is None else tree
         with closing(tree):
-            if options.copy_up:
+            if options.copy_up and not made:
                 mounts.copy_up(target, tree)
             mounts.apply_options(tree, options)
             linux.move_mount(tree, target)
 
 
-def _new_filesystem(mount: Mount, options: Options, target: int) -> int:
+def _new_filesystem(mount: Mount, options: Options, target: int | None) -> int:
     data = options.data
-    if options.filesystem == "tmpfs" and not any(key == "mode" for key, _ in data):
+    if options.filesystem == "tmpfs" and target is not None and not any(key == "mode" for key, _ in data):
         data = (*data, ("mode", f"{stat.S_IMODE(os.fstat(target).st_mode):04o}"))
     # A read-only mount that is still to be filled becomes so afterwards.
     attributes = options.own.set & ~linux.MOUNT_ATTR_RDONLY if options.copy_up else options.own.set
@@ -285,6 +287,9 @@ def _fill_dev(root: int, spec: Spec, nodes: int | None) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink("ptmx", dir_fd=dev)
         for name, target in _LINKS:
+            # Not every kernel has it; runc looks, too.
+            if name == "core" and not os.path.exists(target):
+                continue
             with contextlib.suppress(FileExistsError):
                 os.symlink(target, name, dir_fd=dev)
 

@@ -213,6 +213,15 @@ def test_tmpfs_copies_up_what_it_covers(lab: Lab) -> None:
     assert "Read-only" in output
 
 
+def test_tmpfs_without_a_directory_to_cover(lab: Lab) -> None:
+    """It took over the mode of the mount point just made for it, 0755: nobody but root could write to it."""
+    mounts = [{"destination": "/new", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"]}]
+    mounts += [{"destination": "/more/new", "type": "tmpfs", "source": "tmpfs"}]
+    mounts += [{"destination": "/own", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "mode=0750"]}]
+    _, output = lab.run("stat -c %a /new /more /more/new /own; touch /new/x && ls /new", more_mounts(*mounts))
+    assert output.split() == ["1777", "755", "1777", "750", "x"]
+
+
 def test_masked_and_read_only_paths(lab: Lab) -> None:
     (lab.rootfs / "secret").mkdir()
     (lab.rootfs / "secret/key").write_text("key")

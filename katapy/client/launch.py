@@ -10,11 +10,13 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import katapy
+from katapy import linux
 from katapy.errors import KatapyError, Unavailable, from_wire
 from katapy.run import Process, start
 from katapy.transport import unix
@@ -28,6 +30,10 @@ _REPORT_MAX: Final = 65536
 _STAND_IN: Final = (
     "import os, sys; sys.path.append(sys.argv[1]); from katapy.client.attach import main; os._exit(main(sys.argv[2:]))"
 )
+
+
+# Last before its program: /proc is then that of the process namespace it begins, and mounts still come and go.
+_PROC: Final = ("/usr/bin/unshare", "--mount", "--propagation", "slave", "--mount-proc", "--")
 
 
 class Connected(NamedTuple):
@@ -137,9 +143,19 @@ def start_standin(
     Raises Unavailable when it cannot be started.
     """
     answer, report = os.pipe()
-    with connect_attach(directory) as control:
+    own_processes = not exec_id
+    with connect_attach(directory) as control, _new_processes() if own_processes else nullcontext():
         fds = control.fileno(), report
-        argv = [*prefix, sys.executable, "-I", "-S", "-c", _STAND_IN, str(Path(katapy.__file__).parent.parent)]
+        argv = [
+            *prefix,
+            *(_PROC if own_processes else ()),
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            _STAND_IN,
+            str(Path(katapy.__file__).parent.parent),
+        ]
         argv += ["--socket-fd", str(fds[0]), "--id", container_id, "--exec", exec_id, "--ready-fd", str(fds[1])]
         stdin, stdout, stderr = streams
         try:
@@ -152,6 +168,21 @@ def start_standin(
         finally:
             os.close(report)
     return StandIn(process, answer, container_id)
+
+
+@contextmanager
+def _new_processes() -> Iterator[None]:
+    """Have the one process that is started meanwhile begin a namespace of processes.
+
+    Whoever lists the processes of a container's pid (podman top) is to see none of the host. The namespace is begun by
+    the next child, so that it stays this process's own, whose exit status goes to the engine.
+    """
+    with open("/proc/self/ns/pid", "rb") as own:  # noqa: PTH123 - a descriptor
+        linux.unshare(linux.CLONE_NEWPID)
+        try:
+            yield
+        finally:
+            linux.setns(own.fileno(), linux.CLONE_NEWPID)
 
 
 def send_console(path: Path) -> int:

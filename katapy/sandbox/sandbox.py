@@ -363,7 +363,9 @@ class Sandbox:
                     )
                 )
                 await machine.guarded(
-                    machine.agent.create_sandbox(self.id, hostname=spec.hostname, resolv_conf="", shared_tag=TAG)
+                    machine.agent.create_sandbox(
+                        self.id, hostname=spec.hostname or os.uname().nodename, resolv_conf="", shared_tag=TAG
+                    )
                 )
                 self._machine = machine
                 self._failure_watch = asyncio.create_task(self._on_failure(machine), name="watch the machine")

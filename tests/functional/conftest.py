@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import json
 import os
-import select
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, descendants, make_busybox
+from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_busybox
 
 from katapy.oci.default import default_spec
 
@@ -76,15 +75,7 @@ def host() -> Iterator[None]:
     """Assert that the host ends as it began."""
     processes, mounts, cgroups = descendants(), _mounts(), _cgroups()
     yield
-    left = {pid: name for pid, name in descendants().items() if pid not in processes}
-    for pid in left:
-        try:
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        select.select([fd], [], [], _GONE_WITHIN)
-        os.close(fd)
-    left = {pid: name for pid, name in descendants().items() if pid not in processes}
+    left = await_ends(processes, _GONE_WITHIN)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     _reap_adopted()

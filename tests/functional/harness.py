@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,19 @@ def make_busybox(rootfs: Path) -> Path:
     (rootfs / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n")
     (rootfs / "etc/group").write_text("root:x:0:\nuser:x:1000:\n")
     return rootfs
+
+
+def await_ends(known: Collection[int], seconds: float) -> dict[int, str]:
+    """Wait until all processes below this one that are not ``known`` have ended; return those that have not in time."""
+    deadline = time.monotonic() + seconds
+    for pid in set(descendants()) - set(known):
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        os.close(fd)
+    return {pid: name for pid, name in descendants().items() if pid not in known}
 
 
 def descendants() -> dict[int, str]:

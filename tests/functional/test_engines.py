@@ -1,0 +1,323 @@
+"""Real engines with katapy as their runtime: podman (with conmon) and buildah, as Debian packages them.
+
+Where it can be compared, the same command runs with runc too. Where runc cannot run either, the machine is the reason
+and the test is skipped with it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import select
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine import RUNC, Done, Engine
+from harness import DEADLINE, await_ends, descendants, make_busybox
+
+CONMON_SECONDS = 10.0
+SOURCE = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("podman") is None or not RUNC.exists(), reason="no podman or runc: scripts/setup test-tools"
+)
+
+# What a container may look at, as lines that must be the same with any runtime (/dev/core goes by the kernel).
+FACTS = r"""
+part() { echo "== $1"; }
+part identity; id; grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask|Sig(Blk|Ign))' /proc/self/status
+part environment; env | sort
+part place; pwd; stat -c '%a %u:%g' .; hostname; cat /etc/hostname; grep -c . /etc/hosts
+part limits; grep -v 'pending signals' /proc/self/limits; cat /proc/self/oom_score_adj
+part devices; stat -c '%A %u:%g %t:%T %N' /dev/* /dev/pts/* | grep -v /dev/core
+part modes; stat -c '%a %u:%g %F %n' / /dev /dev/shm /dev/mqueue /proc /sys /run /tmp /var/tmp /new /ro /rw 2> /dev/null
+part sizes; for place in /dev /dev/shm $(grep -o " /tmp " /proc/mounts); do
+    df -k $place | tail -n 1 | awk '{print $2, $6}'
+done
+part options; while read -r _ place _ options _; do
+    case $place in
+    /sys/fs/cgroup* | /proc/acpi | /proc/keys | /proc/timer_list | /sys/*) ;;
+    *) echo "$place $(echo "$options" | tr ',' '\n' |
+        grep -xE 'ro|rw|nosuid|noexec|relatime|noatime|(gid|ptmxmode)=.*' | tr '\n' ',')" ;;
+    esac
+done < /proc/mounts | sort
+part hidden; for path in /proc/keys /proc/timer_list /proc/acpi /proc/scsi /sys/firmware; do
+    [ -e $path ] && stat -c '%F %t:%T %n' $path && cat $path 2> /dev/null | head -c 1 | wc -c
+done
+part writable; for path in / /etc /dev /dev/shm /run /tmp /new /ro /rw /root /sys; do
+    touch $path/probe 2> /dev/null && echo $path && rm $path/probe
+done
+part kernel; for path in sys/kernel/hostname sysrq-trigger irq bus fs; do
+    grep -c " /proc/${path%%/*} ro," /proc/mounts; done; mount -t tmpfs x /tmp 2> /dev/null && echo mounted
+part process; tr '\\0' ' ' < /proc/1/cmdline; ls /proc/self/fd | wc -l
+"""
+
+
+@pytest.fixture
+def engine(host: None) -> Iterator[Engine]:
+    """Engines with a root file system of busybox at ``rootfs``; afterwards there is no container, and no state.
+
+    Not in pytest's directory: conmon binds a unix socket in it, and where its name is too long podman waits for 20 s.
+    """
+    with tempfile.TemporaryDirectory(prefix="katapy-") as name:
+        made, known = Engine.make(Path(name) / "e"), descendants()
+        make_busybox(Path(made.rootfs))
+        yield made
+        _clean_up(made, known)
+
+
+def _clean_up(made: Engine, known: Collection[int]) -> None:
+    left = list(made.containers())
+    for name in left:
+        made("podman", "rm", "--force", "--time", "0", name, check=False)
+    # It may still be tidying up after its container, in its cgroup; who stays longer is for ``host`` to find.
+    await_ends(known, CONMON_SECONDS)
+    made.remove_cgroup()
+    state = made.directory / "katapy.state"
+    names = os.listdir(state) if state.exists() else []
+    for name in names:
+        made(made.directory / "katapy", "delete", "--force", name, check=False)
+    assert (left, names) == ([], []), "containers left behind"
+
+
+def _same(engine: Engine, *args: str | Path, stdin: str | None = None) -> tuple[Done, Done]:
+    """Run a container with runc, then with katapy. Skips the test where runc cannot."""
+    theirs = engine(*engine.create("run", "--rm", *args, runtime="runc"), stdin=stdin, check=False)
+    if theirs.status == 125:
+        pytest.skip(f"podman cannot run runc on this machine either: {theirs.err.strip()}")
+    return theirs, engine.run("--rm", *args, stdin=stdin, check=False)
+
+
+def _inspect(engine: Engine, name: str) -> dict[str, Any]:
+    [document] = json.loads(engine.podman("inspect", name).out)
+    state: dict[str, Any] = document["State"]
+    return state
+
+
+def _until_logged(engine: Engine, name: str, text: str) -> None:
+    """Wait until a container has said the line ``text``, as a user would: by following its log."""
+    argv = ("podman", "--runtime", "katapy", "logs", "--follow", name)
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=engine.env) as follow:
+        assert follow.stdout
+        for line in follow.stdout:
+            if line == f"{text}\n":
+                break
+        follow.kill()
+
+
+def test_attached(engine: Engine) -> None:
+    """Each stream, the exit status, the arguments; and with the host's name, for which "(none)" came."""
+    script = 'hostname; read line; echo "out $line $1"; echo err >&2; cat | wc -c; exit 7'
+    bulk = "word\n" + "x" * 300_000
+    theirs, ours = _same(
+        engine,
+        "--interactive",
+        "--uts",
+        "host",
+        "--rootfs",
+        engine.rootfs,
+        "sh",
+        "-c",
+        script,
+        "sh",
+        "two  words",
+        stdin=bulk,
+    )
+    assert ours == theirs == Done(7, f"{os.uname().nodename}\nout word two  words\n300000\n", "err\n")
+
+
+@pytest.mark.parametrize(("program", "status"), [("/nonesuch", 127), ("/etc/passwd", 126)])
+def test_programs_that_cannot_run(engine: Engine, program: str, status: int) -> None:
+    """podman tells the two from the runtime's words."""
+    theirs, ours = _same(engine, "--rootfs", engine.rootfs, program)
+    assert ours.status == theirs.status == status
+    assert program in ours.err
+
+
+def test_a_container_s_life(engine: Engine) -> None:
+    """run -d, ps, inspect, logs, exec, stop, start again, restart, kill, rm: each as podman's manual says."""
+    script = 'trap "echo bye; exit 5" TERM; echo up; echo err >&2; while :; do sleep 1000 & wait; done'
+    made = engine.run(
+        "--detach", "--init", "--name", "c1", "--env", "A=b", "--rootfs", engine.rootfs, "sh", "-c", script
+    )
+    _until_logged(engine, "c1", "up")
+    identity = made.out.strip()
+    state = _inspect(engine, "c1")
+    assert (state["Status"], state["Running"], state["ExitCode"]) == ("running", True, 0)
+    assert b"katapy" in Path(f"/proc/{state['Pid']}/cmdline").read_bytes()
+    assert Path(f"/proc/{state['ConmonPid']}/comm").read_text() == "conmon\n"
+    assert engine.podman("ps", "--quiet", "--no-trunc").out.split() == [identity]
+    # It listed every process of the host: top looks where the container's pid is, and that was there.
+    assert engine.podman("top", "c1", "pid").out.split() == ["PID", "1"]
+    assert "sleep 1000" in engine.podman("top", "c1", "-o", "pid,args").out
+
+    done = engine.podman(
+        "exec", "--interactive", "c1", "sh", "-c", "cat; echo $A; echo e >&2; exit 9", stdin="in\n", check=False
+    )
+    assert done.status == 9
+    assert done.out == "in\nb\n"
+    assert done.err.startswith("e\n")
+    options = ("--user", "1000:1000", "--workdir", "/tmp", "--env", "A=c")
+    assert engine.podman("exec", *options, "c1", "sh", "-c", "id -u; pwd; echo $A").out.split() == ["1000", "/tmp", "c"]
+    for program, status in (("nonesuch", 127), ("/etc/passwd", 126)):
+        assert engine.podman("exec", "c1", program, check=False).status == status
+    assert _on_terminal(engine, "podman", "exec", "-it", "c1", "sh", "-c", "tty; read x; exit $x") == 6
+
+    engine.podman("stop", "c1")
+    state = _inspect(engine, "c1")
+    assert (state["Status"], state["ExitCode"], state["Pid"]) == ("exited", 5, 0)
+    done = engine.podman("logs", "c1")
+    assert (done.out, done.err) == ("up\nbye\n", "err\n")
+    assert engine.podman("exec", "c1", "true", check=False).status == 255
+
+    engine.podman("start", "c1")
+    assert _inspect(engine, "c1")["Status"] == "running"
+    engine.podman("restart", "--time", "0", "c1")
+    assert _inspect(engine, "c1")["Status"] == "running"
+    assert engine.podman("rm", "c1", check=False).status == 2
+    engine.podman("kill", "c1")
+    assert engine.podman("wait", "c1").out.strip() == "137"
+    assert _inspect(engine, "c1")["ExitCode"] == 137
+    engine.podman("rm", "c1")
+    assert engine.podman("ps", "--all", "--quiet").out == ""
+
+
+def _on_terminal(engine: Engine, *argv: str) -> int:
+    """Run a command on a terminal of its own, answer ``6`` once it has said which, and return its status."""
+    master, slave = os.openpty()
+    with subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=engine.env, cwd=engine.directory) as run:
+        os.close(slave)
+        seen = b""
+        while b"/dev/pts/" not in seen and b"/dev/console" not in seen:
+            assert select.select([master], [], [], DEADLINE)[0], f"nothing but {seen!r}"
+            seen += os.read(master, 1024)
+        os.write(master, b"6\r")
+        with suppress(OSError):  # the last one has closed it
+            while select.select([master], [], [], DEADLINE)[0] and os.read(master, 1024):
+                pass
+        os.close(master)
+        return run.wait(DEADLINE)
+
+
+def test_terminal(engine: Engine) -> None:
+    """And --rm: nothing is left of it."""
+    argv = engine.create("run", "--rm", "-it", "--rootfs", engine.rootfs)
+    assert _on_terminal(engine, *argv, "sh", "-c", "test -t 0 && test -t 2 && tty; read x; exit $x") == 6
+
+
+def test_limits(engine: Engine) -> None:
+    """They hold in the guest's cgroup: a fork bomb gets no further than its limit, and a memory hog is killed."""
+    script = """
+        cd /sys/fs/cgroup; cat memory.max pids.max cpu.max
+        (for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1000 & done) 2> /dev/null
+        read -r _ refused < pids.events; echo $((refused > 0))
+        exec tail /dev/zero"""
+    limits = ("--memory", "64m", "--memory-swap", "64m", "--cpus", "0.5", "--pids-limit", "10")
+    done = engine.run("--rm", *limits, "--rootfs", engine.rootfs, "sh", "-c", script, check=False)
+    assert done.out.split() == [str(64 << 20), "10", "50000", "100000", "1"]
+    assert done.status == 137
+
+
+_CONFINED = [
+    *("--user", "1000:1000", "--group-add", "7", "--workdir", "/etc", "--umask", "0027", "--env", "A=b c"),
+    *("--cap-drop", "all", "--cap-add", "net_raw", "--security-opt", "no-new-privileges", "--oom-score-adj", "300"),
+    *(
+        "--ulimit",
+        "nofile=100:200",
+        "--ulimit",
+        "core=0",
+        "--ulimit",
+        "nproc=300:400",
+        "--ulimit",
+        "stack=4194304",
+        "--env-host=false",
+    ),
+    *("--security-opt", "seccomp=DIR/seccomp.json", "--device", "/dev/zero:/dev/other:r", "--shm-size", "1m"),
+]
+_READ_ONLY = [
+    *("--read-only", "--tmpfs", "/tmp:size=1m", "--tmpfs", "/new", "--volume", "DIR/volume:/ro:ro"),
+    *("--volume", "DIR/volume:/rw", "--mount", "type=tmpfs,destination=/root,tmpfs-mode=0700"),
+]
+_PRIVILEGED = ["--privileged", "--security-opt", "unmask=all"]
+
+
+@pytest.mark.parametrize(
+    "options", [[], _CONFINED, _READ_ONLY, _PRIVILEGED], ids=["plain", "confined", "read-only", "privileged"]
+)
+def test_a_container_sees_what_it_sees_with_runc(engine: Engine, options: list[str]) -> None:
+    """The facts of FACTS, line by line. That seccomp's profile is in force is seen from mkdir(2), which it forbids."""
+    (engine.directory / "rootfs/etc/facts").write_text(FACTS)
+    (engine.directory / "volume").mkdir(mode=0o777)
+    profile = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["getpriority"], "action": "SCMP_ACT_ERRNO"}]}
+    (engine.directory / "seccomp.json").write_text(json.dumps(profile))
+    options = [option.replace("DIR", str(engine.directory)) for option in options]
+    found: list[list[str]] = []
+    for runtime in ("runc", "katapy"):
+        # A root of its own, for podman makes mount points and files in it.
+        root = make_busybox(engine.directory / f"root-{runtime}")
+        (root / "etc/facts").write_text(FACTS)
+        argv = engine.create("run", "--rm", "--hostname", "box", *options, "--rootfs", str(root), runtime=runtime)
+        done = engine(*argv, "sh", "/etc/facts", check=False)
+        if runtime == "runc" and done.status == 125:
+            pytest.skip(f"podman cannot run runc on this machine either: {done.err.strip()}")
+        found.append(f"{done.out}status {done.status}".splitlines())
+    assert len(found[0]) > 60, done.err
+    difference = list(difflib.unified_diff(found[0], found[1], "runc", "katapy", n=1, lineterm=""))
+    assert not difference, "\n".join(difference)
+
+
+def test_volumes(engine: Engine) -> None:
+    """What a container writes into a volume is on the host, with its owner; one that is read-only stays as it was."""
+    for name in ("read", "write"):
+        (engine.directory / name).mkdir()
+        (engine.directory / name / "file").write_text(name)
+    read, write = engine.directory / "read", engine.directory / "write"
+    volumes = ("--volume", f"{read}:/r:ro", "--volume", f"{write}:/w", "--volume", f"{read}/file:/one:ro")
+    script = "cat /r/file /one; touch /r/x; echo x > /one; echo new > /w/new; chown 7:8 /w/new; rm /w/file"
+    done = engine.run("--rm", *volumes, "--rootfs", engine.rootfs, "sh", "-c", script)
+    assert done.out == "readread"
+    assert done.err.count("Read-only file system") == 2
+    assert os.listdir(read) == ["file"]
+    assert (read / "file").read_text() == "read"
+    status = (write / "new").stat()
+    assert (status.st_uid, status.st_gid, os.listdir(write)) == (7, 8, ["new"])
+
+
+def test_buildah(engine: Engine) -> None:
+    """Built from nothing with a RUN in a VM, then run: buildah itself waits for the pid, without conmon."""
+    run = ("buildah", "run", "--isolation", "oci", "--network", "none")
+    script = "grep -q katapy /proc/version && echo built in a VM > /result; id -u; exit $1"
+    container = engine("buildah", "from", "scratch").out.strip()
+    engine("buildah", "copy", "--quiet", container, engine.directory / "rootfs", "/")
+    theirs = engine(*run, "--runtime", engine.directory / "runc", container, "true", check=False)
+    if theirs.status:
+        pytest.skip(f"buildah cannot run runc on this machine either: {theirs.err.strip()}")
+    done = engine(*run, "--runtime", engine.directory / "katapy", container, "sh", "-c", script, "sh", "7", check=False)
+    assert (done.status, done.out) == (7, "0\n")
+    engine("buildah", "config", "--cmd", "cat /result", container)
+    engine("buildah", "commit", "--quiet", "--rm", container, "localhost/built")
+    assert engine.run("--rm", "localhost/built").out == "built in a VM\n"
+    engine("podman", "image", "rm", "--all", "--force")
+
+
+def test_the_readme_s_commands(engine: Engine) -> None:
+    """As written, but for the installation: in a directory that looks like a checkout after `make run`."""
+    section = (SOURCE / "README.md").read_text().partition("## With podman and buildah")[2]
+    script = section.partition("```sh\n")[2].partition("```")[0]
+    install, _, script = script.partition("\n")
+    assert install.startswith("apt-get install ")
+    hello = shutil.copytree(SOURCE / "examples/hello", engine.directory / "examples/hello")
+    engine(hello / "prepare")
+    (engine.directory / ".venv/bin").mkdir(parents=True)
+    (engine.directory / ".venv/bin/katapy").symlink_to(engine.directory / "katapy")
+    lines = engine("sh", "-euc", script).out.splitlines()
+    engine("podman", "image", "rm", "--all", "--force")
+    assert lines[0] == lines[-1] != os.uname().release
+    assert any(line.endswith("sleep 1000") for line in lines)
