@@ -261,14 +261,14 @@ def kill(settings: Settings, everyone: bool, container_id: str, name: str) -> No
 
 
 def parse_signal(name: str) -> int:
-    """Return a signal's number from ``9``, ``KILL`` or ``SIGKILL``. Raises InvalidArgument."""
+    """Return a signal's number from ``9``, ``KILL`` or ``SIGKILL``; 0 only asks. Raises InvalidArgument."""
     if re.fullmatch("[0-9]{1,3}", name):
         number = int(name)
     else:
         upper = name.upper()
         known = signal.Signals.__members__
-        number = known.get(upper if upper.startswith("SIG") else f"SIG{upper}", 0)
-    if number not in signal.valid_signals():
+        number = known.get(upper if upper.startswith("SIG") else f"SIG{upper}", -1)
+    if number != 0 and number not in signal.valid_signals():
         raise InvalidArgument(f"{name[:40]!a} is not a signal: use a name as KILL or a number as 9")
     return int(number)
 
