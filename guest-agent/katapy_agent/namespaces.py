@@ -34,6 +34,8 @@ def enter(
     time_offsets: Mapping[str, TimeOffset],
 ) -> None:
     """Make the namespaces that the container has for itself; see ``own_types``. Raises KatapyError."""
+    # Opened now: in a user namespace the file is another user's, and what counts is who has opened it.
+    offsets = os.open("/proc/self/timens_offsets", os.O_WRONLY | os.O_CLOEXEC) if time_offsets else -1
     for type_ in own_types(namespaces):
         if type_ is NamespaceType.USER:
             _enter_new_user_namespace(uid_mappings, gid_mappings)
@@ -42,7 +44,7 @@ def enter(
             linux.unshare(_FLAGS[type_])
     for clock, offset in time_offsets.items():
         with doing(f"set the {clock} clock of the time namespace"):
-            _write("/proc/self/timens_offsets", f"{clock} {offset.secs} {offset.nanosecs}")
+            os.write(offsets, f"{clock} {offset.secs} {offset.nanosecs}".encode())
 
 
 def join(pid: int, types: Sequence[NamespaceType]) -> None:
