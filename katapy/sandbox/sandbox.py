@@ -217,8 +217,10 @@ class Sandbox:
             raise InvalidState(f"cannot delete {container_id}: its VM is shared by {others[:256]}")
         async with container.lock:
             process.require([Status.STOPPED, Status.CREATED], "delete")
-            with suppress(TimeoutError):
-                await asyncio.wait_for(process.released.wait(), _DRAIN_DEADLINE)
+            # What never ran has written nothing.
+            if process.status is Status.STOPPED:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(process.released.wait(), _DRAIN_DEADLINE)
             if exec_id:
                 process.close()
                 container.execs.pop(exec_id, None)

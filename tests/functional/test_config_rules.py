@@ -778,6 +778,8 @@ _RLIMIT = {"type": "RLIMIT_CPU", "soft": 1, "hard": 1}
         (_with("ociVersion", value="2.0.0"), "ociVersion"),
         (lambda spec: spec.pop("ociVersion"), "ociVersion"),
         (lambda spec: spec.pop("root"), "root"),
+        # Of no use to a runtime that has it checked before anything is made; runc, too, wants it at create.
+        (lambda spec: spec.pop("process"), "process"),
         (_with("annotations", value={"": "x"}), "annotations"),
         (_with("annotations", value={"x": 1}), "annotations"),
         (_with("process", "env", value=["NAME"]), "process.env[0]"),
@@ -811,3 +813,12 @@ def test_invalid_values(katapy: Katapy, bundle: MakeBundle, edit: Edit, named: s
     assert done.returncode == 1
     assert named in done.stderr.decode()
     assert katapy("list", "-q").stdout == b""
+
+
+def test_a_device_in_the_place_of_a_file(katapy: Katapy, bundle: MakeBundle, rootfs: Path) -> None:
+    """Devices: where something else is in the root file system, it is an error."""
+    device = {"path": "/etc/passwd", "type": "c", "major": 1, "minor": 3}
+    edit = _with("linux", "devices", value=[device])
+    done = katapy("create", "--bundle", bundle(["true"], rootfs=rootfs, edit=edit), "c1")
+    assert done.returncode == 1
+    assert b"cannot make device /etc/passwd: something else is there" in done.stderr
