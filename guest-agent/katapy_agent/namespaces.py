@@ -36,6 +36,8 @@ def enter(
     joined: Sequence[str] = (),
 ) -> None:
     """Make the namespaces that the container has for itself: all but those ``joined``. Raises KatapyError."""
+    # Opened now: in a user namespace the file is another user's, and what counts is who has opened it.
+    offsets = os.open("/proc/self/timens_offsets", os.O_WRONLY | os.O_CLOEXEC) if time_offsets else -1
     for type_ in types_of(namespaces):
         if type_ in joined:
             continue
@@ -46,7 +48,7 @@ def enter(
             linux.unshare(_FLAGS[type_])
     for clock, offset in time_offsets.items():
         with doing(f"set the {clock} clock of the time namespace"):
-            _write("/proc/self/timens_offsets", f"{clock} {offset.secs} {offset.nanosecs}")
+            os.write(offsets, f"{clock} {offset.secs} {offset.nanosecs}".encode())
 
 
 def join(pidfd: int, types: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ touch nothing of the VM but /dev/null; ``set_propagation`` follows when the root
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Sequence
@@ -282,6 +283,8 @@ def _fill_dev(root: int, spec: Spec, nodes: int | None) -> None:
             if nodes is None:
                 _make_node(directory, name, device)
             else:
+                if device in spec.linux.devices:
+                    _check_place(directory, name, device)
                 _bind_node(directory, name, nodes, str(index))
     with doing("make the links in /dev"), closing(mounts.make_target(root, "/dev", directory=True)) as dev:
         with contextlib.suppress(FileNotFoundError):
@@ -292,6 +295,18 @@ def _fill_dev(root: int, spec: Spec, nodes: int | None) -> None:
                 continue
             with contextlib.suppress(FileExistsError):
                 os.symlink(target, name, dir_fd=dev)
+
+
+def _check_place(directory: int, name: str, device: Device) -> None:
+    """Refuse to hide what is no such device (config-linux.md, "Devices"); to an empty file one was bound before."""
+    try:
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    placeholder = stat.S_ISREG(status.st_mode) and status.st_size == 0
+    number = 0 if device.type == "p" else os.makedev(device.major, device.minor)
+    if not placeholder and (stat.S_IFMT(status.st_mode), status.st_rdev) != (_FILE_TYPES[device.type], number):
+        raise FileExistsError(errno.EEXIST, "something else is there")
 
 
 def _bind_node(directory: int, name: str, nodes: int, index: str) -> None:

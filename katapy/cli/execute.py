@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from katapy.cli import Settings, require_root
-from katapy.cli.lifecycle import check_console, check_preserved, standard_streams
+from katapy.cli.lifecycle import check_console, check_preserved, standard_streams, tell_unknown
 from katapy.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def exec_command(settings: Settings, /, container_id: str, command: tuple[str, .
     with Pod.connect(settings.root, container_id) as pod:
         process = _process(pod, command, options)
         check_console(terminal=process.terminal, detached=options.detach, socket=options.console_socket)
+        tell_unknown(process)
         if options.ignore_paused:
             pod.wait_resumed()
         exec_id = secrets.token_hex(8)

@@ -18,6 +18,7 @@ from katapy.errors import InvalidArgument, Unsupported
 if TYPE_CHECKING:
     from katapy.client.pod import Pod, Streams
     from katapy.oci.bundle import Bundle
+    from katapy.oci.process import ProcessSpec
 
 _BUNDLE = click.option(
     "--bundle", "-b", type=click.Path(), default=".", show_default=True, help="Directory of the bundle."
@@ -57,6 +58,7 @@ def _begun(settings: Settings, wanted: Wanted) -> Iterator[tuple[Pod, Bundle]]:
     bundle = load_bundle(wanted.bundle)
     check_console(terminal=bundle.spec.process.terminal, detached=wanted.detached, socket=wanted.console_socket)
     settings.check_config()
+    tell_unknown(bundle.spec.process)
     launch = Launch(settings.root, settings.config_path, settings.debug, wanted.foreground, settings.systemd_cgroup)
     with Pod.begin(launch, name, bundle) as pod:
         try:
@@ -74,6 +76,12 @@ def tell(warnings: list[str]) -> None:
         if logging.getLogger().handlers:
             logging.getLogger("katapy").warning("%s", text)
         click.echo(f"katapy: warning: {text}", err=True)
+
+
+def tell_unknown(process: ProcessSpec) -> None:
+    """Warn of what a process cannot be given and starts without."""
+    if names := process.unknown_capabilities:
+        tell([f"unknown capabilities are ignored: {', '.join(names)[:200]}"])
 
 
 def _boot(pod: Pod, bundle: Bundle, container_id: str) -> None:
@@ -261,14 +269,14 @@ def kill(settings: Settings, everyone: bool, container_id: str, name: str) -> No
 
 
 def parse_signal(name: str) -> int:
-    """Return a signal's number from ``9``, ``KILL`` or ``SIGKILL``. Raises InvalidArgument."""
+    """Return a signal's number from ``9``, ``KILL`` or ``SIGKILL``; 0 only asks. Raises InvalidArgument."""
     if re.fullmatch("[0-9]{1,3}", name):
         number = int(name)
     else:
         upper = name.upper()
         known = signal.Signals.__members__
-        number = known.get(upper if upper.startswith("SIG") else f"SIG{upper}", 0)
-    if number not in signal.valid_signals():
+        number = known.get(upper if upper.startswith("SIG") else f"SIG{upper}", -1)
+    if number != 0 and number not in signal.valid_signals():
         raise InvalidArgument(f"{name[:40]!a} is not a signal: use a name as KILL or a number as 9")
     return int(number)
 

@@ -39,7 +39,7 @@ def load_bundle(path: str) -> Bundle:
     file = f"{directory}/{CONFIG}"
     spec = parse_spec(read(file), bundle=directory, what=printable(file))
     rootfs = _resolve_directory(spec.rootfs, f"rootfs is missing or unusable: {printable(spec.rootfs)}")
-    if not spec.root.path.startswith("/") and not rootfs.startswith(f"{directory}/"):
+    if not spec.root.path.startswith("/") and not f"{rootfs}/".startswith(f"{directory}/"):
         raise InvalidArgument(f"{printable(file)}: root.path: {printable(spec.root.path)} leads out of the bundle")
     for bind in spec.bind_mounts:
         if not os.path.exists(bind.source):

@@ -1,7 +1,8 @@
 """The ``process`` object of config.json (runtime-spec 1.2, config.md, "Process"), for `create` and for `exec`.
 
 A process keeps the document that it was parsed from: the guest agent gets that, not a copy that lost what this
-version does not know. Names of users are not looked up: like runc, katapy takes numbers.
+version does not know; only capabilities that Linux does not have are taken out. Names of users are not looked up: like
+runc, katapy takes numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Final
 
 from katapy.errors import InvalidArgument
 from katapy.jsonfile import check, dump, parse, shown
+from katapy.oci.features import CAPABILITIES
 from katapy.oci.node import (
     Node,
     absolute_path,
@@ -67,6 +69,11 @@ class Capabilities:
     permitted: tuple[str, ...]
     ambient: tuple[str, ...]
 
+    @property
+    def names(self) -> set[str]:
+        """What is in any of them."""
+        return {*self.bounding, *self.effective, *self.inheritable, *self.permitted, *self.ambient}
+
 
 @dataclass(frozen=True)
 class Rlimit:
@@ -116,11 +123,16 @@ class ProcessSpec:
     oom_score_adj: int | None
     scheduler: Scheduler | None
     io_priority: IoPriority | None
-    _document: dict[str, Any] = field(repr=False)
+    document: dict[str, Any] = field(repr=False)
+
+    @property
+    def unknown_capabilities(self) -> tuple[str, ...]:
+        """The names of capabilities that Linux does not have, which nobody gets: a warning, not an error."""
+        return tuple(sorted(self.capabilities.names - set(CAPABILITIES))) if self.capabilities else ()
 
     def to_guest(self) -> bytes:
         """Return the ``process`` object as the guest agent's ExecProcess takes it."""
-        return dump(self._document)
+        return dump(self.document)
 
     def with_exec_flags(
         self,
@@ -140,7 +152,7 @@ class ProcessSpec:
         ``args`` replaces, ``env`` (``KEY=VALUE``), ``capabilities`` and ``additional_gids`` add, ``user`` is
         ``uid[:gid]``, ``console_size`` is columns and rows; None leaves what the container has. Raises InvalidArgument.
         """
-        document = {**self._document, "args": list(args), "terminal": terminal}
+        document = {**self.document, "args": list(args), "terminal": terminal}
         # A later value of a variable wins in the guest, so the container's own is dropped here.
         given = {entry.partition("=")[0] for entry in env}
         document["env"] = [entry for entry in self.env if entry.partition("=")[0] not in given] + list(env)
@@ -182,7 +194,7 @@ def process(node: Node) -> ProcessSpec:
         oom_score_adj=node.find("oomScoreAdj", integer(-1000, 1000)),
         scheduler=node.find("scheduler", _scheduler),
         io_priority=node.find("ioPriority", _io_priority),
-        _document=node.members(),
+        document=_without_unknown(node.members()),
     )
 
 
@@ -224,6 +236,16 @@ def _capabilities(node: Node) -> Capabilities:
         permitted=node.each("permitted", _CAPABILITY),
         ambient=node.each("ambient", _CAPABILITY),
     )
+
+
+def _without_unknown(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the document without the capabilities that Linux does not have (config.md, "Linux Process")."""
+    sets = document.get("capabilities") or {}
+    known = {
+        name: [each for each in value if each in CAPABILITIES] if isinstance(value, list) else value
+        for name, value in sets.items()
+    }
+    return document if known == sets else {**document, "capabilities": known}
 
 
 def _rlimits(node: Node) -> tuple[Rlimit, ...]:

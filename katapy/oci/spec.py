@@ -214,11 +214,12 @@ class Spec:
             # The paths are the host's; which ones are joined in the guest is said beside the document.
             types = [{"type": namespace.type} for namespace in self.linux.namespaces]
             document["linux"] = {**document["linux"], "namespaces": types}
-        if sources:
+        if self.mounts:
             document["mounts"] = [
-                {**mount, "source": sources[index]} if index in sources else mount
-                for index, mount in enumerate(document["mounts"])
+                {**given, "destination": mount.destination, **({"source": sources[index]} if index in sources else {})}
+                for index, (given, mount) in enumerate(zip(document["mounts"], self.mounts, strict=True))
             ]
+        document["process"] = self.process.document
         return dump(document)
 
     def _on_host(self, path: str) -> str:
@@ -290,7 +291,8 @@ def _mount(node: Node) -> Mount:
 
 
 def _destination(node: Node) -> str:
-    path = absolute_path(node)
+    # A relative one, of an old tool, starts from the root.
+    path = f"/{no_escape(node)}" if not text(node).startswith("/") else absolute_path(node)
     if os.path.normpath(path).strip("/") == "":
         node.fail("cannot mount over the root file system")
     return path

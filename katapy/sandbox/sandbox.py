@@ -88,7 +88,7 @@ class Sandbox:
             raise Unavailable(f"cannot create {container_id}: the pod {self.id} is ending")
         if container_id in self._containers:
             raise AlreadyExists(f"container with id exists: {container_id}")
-        process = GuestProcess(container_id, "", stdio)
+        process = GuestProcess(container_id, "", stdio, status=Status.CREATING)
         record = self._record if container_id == self.id else Record(self.root, container_id)
         container = Container(bundle, process, record)
         self._containers[container_id] = container
@@ -109,6 +109,8 @@ class Sandbox:
         finally:
             self._creating.discard(task)
         process.watch = asyncio.create_task(self._watch(process), name=f"wait for {process.name}")
+        if process.status is Status.CREATING:
+            process.status = Status.CREATED
         log.debug("%s: created", container_id)
         container.record.created(bundle.spec.process.to_guest(), machine.parts.acceleration.kind.value)
         return process
@@ -176,10 +178,17 @@ class Sandbox:
         container.exec_specs[exec_id] = process_json
 
     async def kill(self, container_id: str, exec_id: str, number: int, *, everyone: bool) -> None:
-        """Send a signal. Raises NotFound when the process has ended."""
+        """Send a signal, or with 0 none; to ``everyone`` while the container is being created, too.
+
+        Raises NotFound when the process has ended.
+        """
         process = self.process(container_id, exec_id)
         if process.status is Status.STOPPED:
             raise NotFound("os: process already finished")
+        if process.status is Status.CREATING and not everyone:
+            raise InvalidState(f"cannot signal {process.name}: it is {process.status}")
+        if number == 0:
+            return
         if exec_id and process.status is Status.CREATED:
             process.finish(_KILLED, oom_killed=False)
             return
@@ -288,8 +297,10 @@ class Sandbox:
             raise InvalidState(f"cannot delete {container_id}: its VM is shared by {others[:256]}")
         async with container.lock:
             process.require([Status.STOPPED, Status.CREATED], "delete")
-            with suppress(TimeoutError):
-                await asyncio.wait_for(process.released.wait(), _DRAIN_DEADLINE)
+            # What never ran has written nothing.
+            if process.status is Status.STOPPED:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(process.released.wait(), _DRAIN_DEADLINE)
             if exec_id:
                 process.close()
                 container.execs.pop(exec_id, None)

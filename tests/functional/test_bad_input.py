@@ -62,7 +62,7 @@ def _set(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
         (_set("process", "user", "uid", value=True), "process.user.uid"),
         (_set("process", "apparmorProfile", value="strict"), "apparmorProfile"),
         (_set("mounts", value=[{"destination": "/x", "type": "nonsense", "source": "x"}]), "nonsense"),
-        (_set("mounts", value=[{"destination": "relative", "type": "tmpfs"}]), "destination"),
+        (_set("mounts", value=[{"destination": "a/../../b", "type": "tmpfs"}]), "destination"),
         (_set("linux", "sysctl", value={"kernel.core_pattern": "|/bin/sh"}), "kernel.core_pattern"),
         (_set("linux", "namespaces", value=[{"type": "galaxy"}]), "galaxy"),
         (_set("hooks", value={"poststop": [{"path": "/bin/true"}]}), "hooks"),

@@ -86,8 +86,7 @@ def test_a_relative_rootfs_stays_in_the_bundle(bundle: Path) -> None:
     (bundle / "rootfs").symlink_to("real")
     assert load_bundle(str(bundle)).rootfs == f"{bundle}/real"
     write(bundle, {**default_spec(), "root": {"path": "."}})
-    with pytest.raises(InvalidArgument, match="leads out of the bundle"):
-        load_bundle(str(bundle))
+    assert load_bundle(str(bundle)).rootfs == str(bundle)
 
 
 def test_an_absolute_rootfs_may_be_anywhere(bundle: Path, tmp_path: Path) -> None:
