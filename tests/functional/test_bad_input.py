@@ -65,7 +65,7 @@ def _set(*path: str | int, value: object) -> Callable[[dict[str, Any]], None]:
         (_set("mounts", value=[{"destination": "a/../../b", "type": "tmpfs"}]), "destination"),
         (_set("linux", "sysctl", value={"kernel.core_pattern": "|/bin/sh"}), "kernel.core_pattern"),
         (_set("linux", "namespaces", value=[{"type": "galaxy"}]), "galaxy"),
-        (_set("hooks", value={"poststop": [{"path": "/bin/true"}]}), "hooks"),
+        (_set("hooks", value={"poststop": [{"path": "bin/true"}]}), "hooks"),
     ],
 )
 def test_bad_configuration(katapy: Katapy, bundle: MakeBundle, edit: Any, expected: str) -> None:
