@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 # What a container may look at, as lines that must be the same with any runtime (/dev/core goes by the kernel).
 FACTS = r"""
 part() { echo "== $1"; }
-part identity; id; grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask|Sig(Blk|Ign))' /proc/self/status
+part identity; id; grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask|SigBlk)' /proc/self/status
 part environment; env | sort
 part place; pwd; stat -c '%a %u:%g' .; hostname; cat /etc/hostname; grep -c . /etc/hosts
 part limits; grep -v 'pending signals' /proc/self/limits; cat /proc/self/oom_score_adj
