@@ -19,15 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import RUNC, Done, Engine
+from engine import Done, Engine
 from harness import DEADLINE, await_ends, descendants, make_busybox
 
 CONMON_SECONDS = 10.0
 SOURCE = Path(__file__).resolve().parents[2]
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("podman") is None or not RUNC.exists(), reason="no podman or runc: scripts/setup test-tools"
-)
 
 # What a container may look at, as lines that must be the same with any runtime (/dev/core goes by the kernel).
 FACTS = r"""
