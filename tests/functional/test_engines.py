@@ -39,7 +39,9 @@ part sizes; for place in /dev /dev/shm $(grep -o " /tmp " /proc/mounts); do
 done
 part options; while read -r _ place _ options _; do
     case $place in
-    /sys/fs/cgroup* | /proc/acpi | /proc/keys | /proc/timer_list | /sys/*) ;;
+    # Which of those to hide or protect there are, is the kernel's affair.
+    /sys/* | /proc/acpi | /proc/asound | /proc/bus | /proc/fs | /proc/irq | /proc/kcore | /proc/keys) ;;
+    /proc/latency_stats | /proc/sched_debug | /proc/scsi | /proc/sysrq-trigger | /proc/timer*) ;;
     *) echo "$place $(echo "$options" | tr ',' '\n' |
         grep -xE 'ro|rw|nosuid|noexec|relatime|noatime|(gid|ptmxmode)=.*' | tr '\n' ',')" ;;
     esac
@@ -289,13 +291,14 @@ def test_volumes(engine: Engine) -> None:
 def test_buildah(engine: Engine) -> None:
     """Built from nothing with a RUN in a VM, then run: buildah itself waits for the pid, without conmon."""
     run = ("buildah", "run", "--isolation", "oci", "--network", "none")
-    script = "grep -q katapy /proc/version && echo built in a VM > /result; id -u; exit $1"
+    script = 'test "$(uname -r)" != "$1" && echo built in a VM > /result; id -u; exit "$2"'
     container = engine("buildah", "from", "scratch").out.strip()
     engine("buildah", "copy", "--quiet", container, engine.directory / "rootfs", "/")
     theirs = engine(*run, "--runtime", engine.directory / "runc", container, "true", check=False)
     if theirs.status:
         pytest.skip(f"buildah cannot run runc on this machine either: {theirs.err.strip()}")
-    done = engine(*run, "--runtime", engine.directory / "katapy", container, "sh", "-c", script, "sh", "7", check=False)
+    arguments = ("sh", "-c", script, "sh", os.uname().release, "7")
+    done = engine(*run, "--runtime", engine.directory / "katapy", container, *arguments, check=False)
     assert (done.status, done.out) == (7, "0\n")
     engine("buildah", "config", "--cmd", "cat /result", container)
     engine("buildah", "commit", "--quiet", "--rm", container, "localhost/built")
