@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import time
 import uuid
@@ -22,10 +21,7 @@ from katapy.cgroups.limits import HostLimits
 from katapy.cgroups.path import CgroupPath, Driver, parse_cgroups_path
 from katapy.errors import AlreadyExists, Internal, InvalidArgument, NotFound, Timeout, Unavailable
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(shutil.which("dbus-daemon") is None, reason="no dbus-daemon: scripts/setup test-tools"),
-]
+pytestmark = pytest.mark.root
 MIB = 1 << 20
 
 
