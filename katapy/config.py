@@ -177,6 +177,18 @@ class Hypervisor:
     kernel_params: tuple[str, ...] = field(
         default=(), metadata=_key(_kernel_params, "More parameters for the guest's kernel, one in each string.")
     )
+    template: bool = field(
+        default=True,
+        metadata=_key(
+            _flag, "Restore VMs from templates, made by the first start of each shape; `false`: boot each VM."
+        ),
+    )
+    templates_max: int = field(
+        default=16, metadata=_key(_number(1, 1024), "How many templates are kept; those used last stay.")
+    )
+    templates_size: int = field(
+        default=4 << 30, metadata=_key(_size(_MIB, 1 << 50), "What all templates may take of the disk.")
+    )
     vsock: str = field(
         default="auto",
         metadata=_key(

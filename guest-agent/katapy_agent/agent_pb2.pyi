@@ -31,30 +31,20 @@ class GuestDetails(_message.Message):
     def __init__(self, agent_version: _Optional[str] = ..., kernel_release: _Optional[str] = ..., kernel_version: _Optional[str] = ..., hostname: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., seccomp: _Optional[bool] = ..., cgroup_controllers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CreateSandboxRequest(_message.Message):
-    __slots__ = ("hostname", "resolv_conf", "shared_tag", "sandbox_id")
+    __slots__ = ("hostname", "resolv_conf", "shared_tag", "sandbox_id", "time_ns", "entropy")
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
     RESOLV_CONF_FIELD_NUMBER: _ClassVar[int]
     SHARED_TAG_FIELD_NUMBER: _ClassVar[int]
     SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
+    TIME_NS_FIELD_NUMBER: _ClassVar[int]
+    ENTROPY_FIELD_NUMBER: _ClassVar[int]
     hostname: str
     resolv_conf: str
     shared_tag: str
     sandbox_id: str
-    def __init__(self, hostname: _Optional[str] = ..., resolv_conf: _Optional[str] = ..., shared_tag: _Optional[str] = ..., sandbox_id: _Optional[str] = ...) -> None: ...
-
-class SetGuestDateTimeRequest(_message.Message):
-    __slots__ = ("seconds", "nanoseconds")
-    SECONDS_FIELD_NUMBER: _ClassVar[int]
-    NANOSECONDS_FIELD_NUMBER: _ClassVar[int]
-    seconds: int
-    nanoseconds: int
-    def __init__(self, seconds: _Optional[int] = ..., nanoseconds: _Optional[int] = ...) -> None: ...
-
-class ReseedRandomRequest(_message.Message):
-    __slots__ = ("data",)
-    DATA_FIELD_NUMBER: _ClassVar[int]
-    data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    time_ns: int
+    entropy: bytes
+    def __init__(self, hostname: _Optional[str] = ..., resolv_conf: _Optional[str] = ..., shared_tag: _Optional[str] = ..., sandbox_id: _Optional[str] = ..., time_ns: _Optional[int] = ..., entropy: _Optional[bytes] = ...) -> None: ...
 
 class Stdio(_message.Message):
     __slots__ = ("terminal", "stdin", "stdout", "stderr", "rows", "columns")

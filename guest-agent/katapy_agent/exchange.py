@@ -33,7 +33,7 @@ class Exchange:
             if len(self._nameless) >= _NAMELESS_MAX:
                 connection.close()
                 continue
-            task = asyncio.create_task(self._introduce(connection))
+            task = asyncio.create_task(self.introduce(connection))
             self._nameless.add(task)
             task.add_done_callback(self._nameless.discard)
 
@@ -61,7 +61,8 @@ class Exchange:
         finally:
             del self._claims[name]
 
-    async def _introduce(self, connection: socket.socket) -> None:
+    async def introduce(self, connection: socket.socket) -> None:
+        """Take over a connection that is about to say its name; it does not block."""
         try:
             name = await asyncio.wait_for(_read_name(connection), _DEADLINE)
         except (OSError, EOFError, ValueError, TimeoutError):

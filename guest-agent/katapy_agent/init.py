@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 import tty
+from pathlib import Path
 from typing import Final, NoReturn
 
 from katapy_agent import machine, storage, vsock
@@ -23,6 +24,7 @@ from katapy_agent.launcher import Launcher, start_launcher
 
 _CONSOLES: Final = ("/dev/console", "/dev/ttyS0")
 _READY: Final = "/dev/ttyS1"  # where the host waits for the agent
+_WARM: Final = "katapy.warm"  # on the kernel's command line of a VM that becomes a template
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _FILES_MAX: Final = 65536
 _RB_POWER_OFF: Final = 0x4321FEDC
@@ -65,7 +67,8 @@ def _serve(launcher: Launcher) -> None:
     gc.freeze()
     gc.enable()
     path = str(storage.RUN / "agent.sock")
-    asyncio.run(serve(launcher=launcher, control=control, stdio=stdio, path=path, ready=_say_ready))
+    warm = _WARM in Path("/proc/cmdline").read_text().split()
+    asyncio.run(serve(launcher=launcher, control=control, stdio=stdio, path=path, ready=_say_ready, warm=warm))
 
 
 def _say_ready() -> None:

@@ -16,7 +16,6 @@ from katapy_agent.errors import InvalidArgument, doing
 
 ENTROPY_MAX: Final = 512
 _HOSTNAME_MAX: Final = 64
-_NANOSECONDS: Final = 1_000_000_000
 _RNDADDENTROPY: Final = 0x40085203
 _RNDRESEEDCRNG: Final = 0x5207
 _IFF_UP: Final = 1
@@ -60,15 +59,12 @@ def set_hostname(name: str) -> None:
         socket.sethostname(name)
 
 
-def set_time(seconds: int, nanoseconds: int) -> None:
-    """Set the real-time clock, in time since the epoch (clock_settime(2)). Raises KatapyError."""
-    if seconds < 0 or not 0 <= nanoseconds < _NANOSECONDS:
-        raise InvalidArgument(f"no such time: {seconds} s and {nanoseconds} ns since the epoch")
+def set_time(nanoseconds: int) -> None:
+    """Set the real-time clock, in nanoseconds since the epoch (clock_settime(2)). Raises KatapyError."""
+    if nanoseconds < 0:
+        raise InvalidArgument(f"no such time: {nanoseconds} ns since the epoch")
     with doing("set the clock"):
-        try:
-            time.clock_settime_ns(time.CLOCK_REALTIME, seconds * _NANOSECONDS + nanoseconds)
-        except OverflowError:
-            raise InvalidArgument(f"no such time: {seconds} s since the epoch") from None
+        time.clock_settime_ns(time.CLOCK_REALTIME, nanoseconds)
 
 
 def reseed(data: bytes) -> None:

@@ -28,14 +28,20 @@ class Sandbox:
         self._containers: dict[str, Container] = {}
         self._created = False
 
-    async def create(self, *, hostname: str, resolv_conf: str, shared_tag: str) -> None:
-        """Prepare the pod; an empty argument leaves its thing alone. Once only: raises AlreadyExists."""
+    async def create(
+        self, *, hostname: str, resolv_conf: str, shared_tag: str, time_ns: int = 0, entropy: bytes = b""
+    ) -> None:
+        """Make the VM a pod's own; an empty argument leaves its thing alone. Once only: raises AlreadyExists."""
         if self._created:
             raise AlreadyExists("sandbox is already created")
         if len(resolv_conf) > _RESOLV_CONF_MAX:
             raise InvalidArgument(f"resolv.conf is longer than {_RESOLV_CONF_MAX} characters")
         self._created = True
         try:
+            if entropy:
+                machine.reseed(entropy)
+            if time_ns:
+                machine.set_time(time_ns)
             if hostname:
                 machine.set_hostname(hostname)
             if resolv_conf:

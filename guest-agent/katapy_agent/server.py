@@ -59,20 +59,16 @@ class AgentService:
 
     async def create_sandbox(self, request: pb.CreateSandboxRequest) -> pb.Empty:
         await self._sandbox.create(
-            hostname=request.hostname, resolv_conf=request.resolv_conf, shared_tag=request.shared_tag
+            hostname=request.hostname,
+            resolv_conf=request.resolv_conf,
+            shared_tag=request.shared_tag,
+            time_ns=request.time_ns,
+            entropy=request.entropy,
         )
         return _EMPTY
 
     async def destroy_sandbox(self, _request: pb.Empty) -> pb.Empty:
         await self._sandbox.destroy()
-        return _EMPTY
-
-    async def set_guest_date_time(self, request: pb.SetGuestDateTimeRequest) -> pb.Empty:
-        machine.set_time(request.seconds, request.nanoseconds)
-        return _EMPTY
-
-    async def reseed_random(self, request: pb.ReseedRandomRequest) -> pb.Empty:
-        machine.reseed(request.data)
         return _EMPTY
 
     async def create_container(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
@@ -155,12 +151,19 @@ class AgentService:
 
 
 async def serve(
-    *, launcher: Launcher, control: socket.socket, stdio: socket.socket, path: str, ready: Callable[[], object]
+    *,
+    launcher: Launcher,
+    control: socket.socket,
+    stdio: socket.socket,
+    path: str,
+    ready: Callable[[], object],
+    warm: bool = False,
 ) -> NoReturn:
     """Serve the host until something that the agent cannot do without fails, which is raised.
 
     ``control`` and ``stdio`` are the listeners for gRPC and for streams, ``path`` is where the gRPC server's own unix
-    socket goes, in a directory that only root may enter. ``ready`` is called when the host may call.
+    socket goes, in a directory that only root may enter. ``ready`` is called when the host may call; with ``warm``,
+    when all that a container's start does has been done once.
     """
     reaper, exchange, events = Reaper(), Exchange(), Events()
     services = Services(launcher, reaper, exchange, events, FileWatch())
@@ -174,6 +177,10 @@ async def serve(
     async with asyncio.TaskGroup() as parts:
         parts.create_task(relay.serve(control, path), name="relay")
         parts.create_task(exchange.serve(stdio), name="stdio")
+        if warm:
+            from katapy_agent.warmup import warm_up
+
+            await warm_up(path, exchange)
         ready()
         status = await launcher_ended
         raise Unavailable(f"launcher ended with status {status}")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from katapy_agent import linux
-from katapy_agent.errors import doing
+from katapy_agent.errors import KatapyError, doing
 
 RUN: Final = Path("/run/katapy")
 SHARED: Final = RUN / "shared"
+_PLUG_SECONDS: Final = 30.0
+_NETLINK_KOBJECT_UEVENT: Final = 15
+_UEVENT_MAX: Final = 8192
 
 _LOCKED: Final = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV | linux.MOUNT_ATTR_NOEXEC
 
@@ -52,9 +59,40 @@ def mount_root_file_systems() -> None:
 
 
 def mount_shared(tag: str) -> None:
-    """Mount the host's virtio-fs share called ``tag`` at SHARED. Raises KatapyError."""
+    """Mount the host's virtio-fs share called ``tag`` at SHARED, waiting for the device that the host has plugged in.
+
+    Raises KatapyError.
+    """
+    try:
+        _mount_shared(tag)
+        return
+    except KatapyError as error:
+        if not _is_missing(error):
+            raise
+    deadline = time.monotonic() + _PLUG_SECONDS
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_KOBJECT_UEVENT) as kernel:
+        kernel.bind((0, 1))
+        while True:
+            try:
+                _mount_shared(tag)
+                return
+            except KatapyError as error:
+                left = deadline - time.monotonic()
+                if not _is_missing(error) or left <= 0:
+                    raise
+            # Whatever the kernel has to say: among it is that the device has its driver.
+            kernel.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                kernel.recv(_UEVENT_MAX)
+
+
+def _mount_shared(tag: str) -> None:
     # Not nosuid: every root and volume inherits this, and setuid programs are theirs to have.
     mount("virtiofs", SHARED, linux.MOUNT_ATTR_NODEV, source=tag)
+
+
+def _is_missing(error: KatapyError) -> bool:
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EINVAL
 
 
 def unmount_shared() -> None:

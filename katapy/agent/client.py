@@ -7,6 +7,7 @@ here or where it is used, never a path, a format or an argument.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -32,6 +33,7 @@ _OPTIONS: Final = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 _MESSAGE_LIMIT: Final = 4096
+_ENTROPY_BYTES: Final = 512
 _CLOSE_SECONDS: Final = 5.0
 
 
@@ -50,28 +52,20 @@ class AgentClient:
             )
 
     async def create_sandbox(self, sandbox_id: str, *, hostname: str, resolv_conf: str, shared_tag: str) -> None:
-        """Prepare the pod inside the VM."""
-        await self._call(
-            "CreateSandbox",
-            agent_pb2.CreateSandboxRequest(
-                sandbox_id=sandbox_id, hostname=hostname, resolv_conf=resolv_conf, shared_tag=shared_tag
-            ),
+        """Make the VM the pod's own: randomness and the wall clock before all else, then what is named here."""
+        request = agent_pb2.CreateSandboxRequest(
+            sandbox_id=sandbox_id,
+            hostname=hostname,
+            resolv_conf=resolv_conf,
+            shared_tag=shared_tag,
+            entropy=os.urandom(_ENTROPY_BYTES),
+            time_ns=time.time_ns(),
         )
+        await self._call("CreateSandbox", request)
 
     async def destroy_sandbox(self, *, deadline: float) -> None:
         """End all containers and flush what they wrote. ``deadline`` in seconds."""
         await self._call("DestroySandbox", agent_pb2.Empty(), deadline)
-
-    async def set_time(self) -> None:
-        """Give the guest the host's wall clock."""
-        seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-        await self._call(
-            "SetGuestDateTime", agent_pb2.SetGuestDateTimeRequest(seconds=seconds, nanoseconds=nanoseconds)
-        )
-
-    async def reseed_random(self, data: bytes) -> None:
-        """Mix ``data`` (at most 512 bytes) into the guest's random pool."""
-        await self._call("ReseedRandom", agent_pb2.ReseedRandomRequest(data=data))
 
     async def create_container(
         self,

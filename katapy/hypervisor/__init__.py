@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from katapy.devices import Device
+from katapy.devices import Device, Disk
 from katapy.hypervisor.accel import Acceleration
 from katapy.run import Process
 
@@ -31,6 +31,11 @@ class VmConfig:
     initramfs: Path | None = None
     kernel_params: tuple[str, ...] = ()
     devices: tuple[Device, ...] = ()
+
+    @property
+    def disks(self) -> tuple[Disk, ...]:
+        """The disks among the devices; all others can be plugged in while the VM runs."""
+        return tuple(device for device in self.devices if isinstance(device, Disk))
 
 
 class GuestConsole(Protocol):

@@ -51,27 +51,33 @@ _CID_MAX: Final = 0xFFFFFFFE  # above is VMADDR_CID_ANY
 VCPUS_MAX: Final = 255  # more would need an IOMMU with interrupt remapping
 _MIB: Final = 1 << 20
 _VIRTIO_FS_QUEUE: Final = 1024
+_PORTS: Final = ("port0", "port1")
+# A guest then needs neither the legacy driver nor I/O ports.
+_MODERN: Final = {"disable-legacy": "on"}
 
 
 @dataclass(frozen=True)
 class Descriptors:
     """The numbers under which QEMU inherits what it is given.
 
-    ``qmp``, ``console`` and ``ready`` are connected sockets; ``kernel`` and ``initramfs`` files that QEMU may open
-    again by number; ``disks`` one descriptor per Disk, in order. The other devices carry their own.
+    ``qmp``, ``console`` and ``ready`` are connected sockets; ``ram`` is the guest's memory, and it, ``kernel`` and
+    ``initramfs`` are files that QEMU may open again by number; ``disks`` has one descriptor per Disk, in order. The
+    other devices carry their own.
     """
 
     qmp: int
     console: int
     ready: int
+    ram: int
     kernel: int
     initramfs: int | None = None
     disks: tuple[int, ...] = ()
 
 
-def build_argv(config: VmConfig, fds: Descriptors, *, name: str) -> list[str]:
+def build_argv(config: VmConfig, fds: Descriptors, *, name: str, restored: bool = False) -> list[str]:
     """Return QEMU's arguments, its program first. ``name`` is the sandbox's id, shown by ps(1).
 
+    With ``restored`` QEMU waits for the state of a VM that was saved, and the devices in ``pluggable`` are left out.
     Raises InvalidArgument where a value cannot be carried to the guest as it is.
     """
     _check_size(config)
@@ -83,7 +89,9 @@ def build_argv(config: VmConfig, fds: Descriptors, *, name: str) -> list[str]:
         *_acceleration(config.acceleration),
         *("-smp", str(config.vcpus)),
         *("-m", f"{config.memory_bytes}B"),
-        *_object("memory-backend-memfd", "ram", size=config.memory_bytes, share=True),
+        *_object(
+            "memory-backend-file", "ram", size=config.memory_bytes, share=True, **{"mem-path": _by_number(fds.ram)}
+        ),
         *_boot(config, fds),
         *_socket("console", fds.console),
         *("-serial", "chardev:console"),
@@ -91,8 +99,19 @@ def build_argv(config: VmConfig, fds: Descriptors, *, name: str) -> list[str]:
         *("-serial", "chardev:ready"),
         *_socket("qmp", fds.qmp),
         *("-mon", "chardev=qmp,mode=control"),
-        *_devices(config.devices, fds.disks),
+        *_ports(),
+        *_disks(config.devices, fds.disks),
+        *_backends(config.devices),
+        *(("-incoming", "defer") if restored else _plugged(config.devices)),
     ]
+
+
+def pluggable(devices: tuple[Device, ...]) -> list[dict[str, object]]:
+    """Return those of a VM's devices that can be plugged in while it runs, each as QMP's device_add takes it."""
+    own = [device for device in devices if not isinstance(device, Disk)]
+    if len(own) > len(_PORTS):
+        raise InvalidArgument(f"cannot give a VM {len(own)} devices: {len(_PORTS)} are possible")
+    return [{**_plug(device, port), "bus": port} for device, port in zip(own, _PORTS, strict=False)]
 
 
 def _check_size(config: VmConfig) -> None:
@@ -112,9 +131,9 @@ def _acceleration(acceleration: Acceleration) -> list[str]:
 
 def _boot(config: VmConfig, fds: Descriptors) -> Iterator[str]:
     yield from ("-bios", _FIRMWARE)
-    yield from ("-kernel", f"/proc/self/fd/{fds.kernel}")
+    yield from ("-kernel", _by_number(fds.kernel))
     if fds.initramfs is not None:
-        yield from ("-initrd", f"/proc/self/fd/{fds.initramfs}")
+        yield from ("-initrd", _by_number(fds.initramfs))
     own = _TCG_PARAMS if config.acceleration.kind is Kind.TCG else ()
     yield from ("-append", kernel_command_line((*own, *config.kernel_params)))
 
@@ -134,19 +153,16 @@ def kernel_command_line(params: tuple[str, ...]) -> str:
     return line
 
 
-def _devices(devices: tuple[Device, ...], disks: tuple[int, ...]) -> Iterator[str]:
-    disk_fds = iter(disks)
-    for index, device in enumerate(devices):
-        match device:
-            case Disk():
-                yield from _disk(f"disk{index}", device, next(disk_fds))
-            case SharedDir():
-                yield from _shared_dir(f"fs{index}", device)
-            case KernelVsock():
-                yield from _kernel_vsock(f"vsock{index}", device)
-            case UserVsock():
-                yield from _socket(f"vsock{index}", device.socket_fd)
-                yield from _pci("vhost-user-vsock-pci", f"vsock{index}-dev", chardev=f"vsock{index}")
+def _ports() -> Iterator[str]:
+    """What a device is plugged into: the bus of the machine itself takes none while it runs."""
+    for number, port in enumerate(_PORTS, start=1):
+        yield from ("-device", _json({"driver": "pcie-root-port", "id": port, "chassis": number}))
+
+
+def _disks(devices: tuple[Device, ...], fds: tuple[int, ...]) -> Iterator[str]:
+    disks = [device for device in devices if isinstance(device, Disk)]
+    for index, (disk, fd) in enumerate(zip(disks, fds, strict=True)):
+        yield from _disk(f"disk{index}", disk, fd)
 
 
 def _disk(node: str, disk: Disk, fd: int) -> Iterator[str]:
@@ -156,28 +172,58 @@ def _disk(node: str, disk: Disk, fd: int) -> Iterator[str]:
     yield from ("-add-fd", f"fd={fd},set={fd}")
     file = {"driver": "file", "filename": f"/dev/fdset/{fd}"}
     yield from ("-blockdev", _json({"driver": "raw", "node-name": node, "read-only": True, "file": file}))
-    yield from _pci("virtio-blk-pci", f"{node}-dev", drive=node, serial=serial)
+    yield from (
+        "-device",
+        _json({"driver": "virtio-blk-pci", "id": f"{node}-dev", **_MODERN, "drive": node, "serial": serial}),
+    )
 
 
-def _shared_dir(node: str, shared: SharedDir) -> Iterator[str]:
-    tag = _bounded(shared.tag, _TAG_MAX, "virtio-fs tag")
-    yield from _socket(node, shared.socket_fd)
-    options = {"tag": tag, "queue-size": _VIRTIO_FS_QUEUE}
-    yield from _pci("vhost-user-fs-pci", f"{node}-dev", chardev=node, **options)
+def _backends(devices: tuple[Device, ...]) -> Iterator[str]:
+    """The sockets of devices that are processes of their own."""
+    for device in devices:
+        match device:
+            case SharedDir() | UserVsock():
+                yield from _socket(_chardev(device.socket_fd), device.socket_fd)
 
 
-def _kernel_vsock(node: str, vsock: KernelVsock) -> list[str]:
-    if not _CID_MIN <= vsock.cid <= _CID_MAX:
-        raise InvalidArgument(f"cannot give a guest the vsock address {vsock.cid}: {_CID_MIN} to {_CID_MAX}")
-    options: dict[str, object] = {"guest-cid": vsock.cid, "vhostfd": str(vsock.vhost_fd)}
-    return _pci("vhost-vsock-pci", node, **options)
+def _plugged(devices: tuple[Device, ...]) -> Iterator[str]:
+    for device in pluggable(devices):
+        yield from ("-device", _json(device))
 
 
-def _pci(driver: str, node: str, **options: object) -> list[str]:
-    if driver != "vhost-user-fs-pci":  # which never was anything else, and has no such property
-        # Modern only: a guest then needs neither the legacy driver nor I/O ports.
-        options["disable-legacy"] = "on"
-    return ["-device", _json({"driver": driver, "id": node, **options})]
+def _plug(device: Device, port: str) -> dict[str, object]:
+    """Return the driver of a device and its options."""
+    node = f"{port}-dev"
+    match device:
+        case SharedDir():
+            tag = _bounded(device.tag, _TAG_MAX, "virtio-fs tag")
+            chardev = _chardev(device.socket_fd)
+            # Never was anything but modern, and has no such property.
+            return {
+                "driver": "vhost-user-fs-pci",
+                "id": node,
+                "chardev": chardev,
+                "tag": tag,
+                "queue-size": _VIRTIO_FS_QUEUE,
+            }
+        case UserVsock():
+            chardev = _chardev(device.socket_fd)
+            return {"driver": "vhost-user-vsock-pci", "id": node, **_MODERN, "chardev": chardev}
+        case KernelVsock():
+            if not _CID_MIN <= device.cid <= _CID_MAX:
+                raise InvalidArgument(f"cannot give a guest the vsock address {device.cid}: {_CID_MIN} to {_CID_MAX}")
+            own = {"guest-cid": device.cid, "vhostfd": str(device.vhost_fd)}
+            return {"driver": "vhost-vsock-pci", "id": node, **_MODERN, **own}
+        case Disk():
+            raise InvalidArgument(f"cannot plug in {str(device.path)!r}: a disk is there from the start")
+
+
+def _chardev(fd: int) -> str:
+    return f"backend{fd}"
+
+
+def _by_number(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
 
 
 def _object(kind: str, node: str, **options: object) -> list[str]:

@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from katapy.devices import Disk, KernelVsock, SharedDir, UserVsock
 from katapy.errors import InvalidArgument, KatapyError, NotFound, PermissionDenied, Timeout, Unavailable
 from katapy.hypervisor import VmConfig, qmp
 from katapy.hypervisor.accel import KVM_DEVICE, Acceleration, Kind
-from katapy.hypervisor.cmdline import Descriptors, build_argv
+from katapy.hypervisor.cmdline import Descriptors, build_argv, pluggable
 from katapy.hypervisor.kvm_node import own_node
+from katapy.hypervisor.snapshot import Run, Snapshot, load_ram, make_ram, save_ram
 
 _ELF: Final = b"\x7fELF"
 # The kernel's Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
@@ -39,6 +40,8 @@ _GREETING_DEADLINE: Final = 30.0
 _QUIT_DEADLINE: Final = 1.0
 _TERM_GRACE: Final = 2.0
 _EXIT_DEADLINE: Final = 2.0
+# One QMP command, and the device states of a VM: milliseconds, on a machine that has nothing else to do.
+_COMMAND_DEADLINE: Final = 60.0
 _CONSOLE_LINES: Final = 10
 # systemd's UIDS-GIDS.md marks 0x70000000 to 0x7fffffff as unused: no user, no container has these. A random one for
 # each VM keeps a QEMU that was taken over away from all the others. The first 2^22, one for each pid, are those of
@@ -51,10 +54,11 @@ class QemuVm:
     """A running VM; see ``start_vm``."""
 
     def __init__(
-        self, name: str, process: run.Process, console: Console, stderr: Console, ready: socket.socket
+        self, name: str, process: run.Process, ram: int, console: Console, stderr: Console, ready: socket.socket
     ) -> None:
         self.name = name
         self.process = process
+        self._ram = ram
         self.console = console
         self._stderr = stderr
         self._ready = ready
@@ -88,6 +92,59 @@ class QemuVm:
             raise Unavailable(self._with_console(f"VM {self.name} said {said!r} where {_READY!r} was expected"))
         # The guest gets no more answer on this port, and what it still writes there goes nowhere.
         self._ready.close()
+
+    async def save(self, ram: Path, state: Path) -> tuple[tuple[Run, ...], str]:
+        """Stop the VM for good and write it to two new files; return what ``save_ram`` does.
+
+        It must have no device but disks. Raises Unavailable or Timeout.
+        """
+        await self._execute("stop")
+        await self._migrate("migrate", os.open(state, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        return await asyncio.to_thread(save_ram, self._ram, ram)
+
+    async def restore(self, config: VmConfig, snapshot: Snapshot) -> None:
+        """Read the memory and the devices of a VM that was saved, plug in those that ``config`` has, and let it run.
+
+        Raises Unavailable or Timeout; NotFound where a file of the snapshot has gone.
+        """
+        await asyncio.to_thread(load_ram, self._ram, snapshot)
+        with ExitStack() as stack:
+            await self._migrate("migrate-incoming", os.dup(_open(snapshot.state, "template", stack)))
+        # While it stands still, so that it finds all of them at once when it goes on.
+        for device in pluggable(config.devices):
+            await self._execute("device_add", device)
+        await self._execute("cont")
+
+    async def _migrate(self, command: str, fd: int) -> None:
+        """Save to, or restore from, ``fd``, which is closed: all but the guest's memory."""
+        assert self._qmp is not None
+        try:
+            wanted = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
+            await self._execute("migrate-set-capabilities", {"capabilities": wanted})
+            await self._qmp.send(fd, "state", timeout=_COMMAND_DEADLINE)
+        finally:
+            os.close(fd)
+        await self._execute(command, {"uri": "fd:state"})
+        ending = asyncio.create_task(self._qmp.migrated())
+        dying = asyncio.create_task(self.process.wait())
+        done, _ = await asyncio.wait([ending, dying], timeout=_COMMAND_DEADLINE, return_when=asyncio.FIRST_COMPLETED)
+        for task in (ending, dying):
+            task.cancel()
+        if dying in done:
+            raise await self._death(command)
+        if ending not in done:
+            raise Timeout(f"QEMU of {self.name} did not end {command} within {_COMMAND_DEADLINE:g} s")
+        if (status := ending.result()) != "completed":
+            raise Unavailable(f"QEMU of {self.name}: {command} has {status}")
+
+    async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
+        assert self._qmp is not None
+        try:
+            await self._qmp.execute(command, arguments, timeout=_COMMAND_DEADLINE)
+        except Unavailable as error:
+            if self.process.poll() is None:
+                raise
+            raise await self._death(command, cause=error) from error
 
     async def stop(self) -> None:
         """End the VM: QMP quit, then SIGTERM, then SIGKILL; idempotent."""
@@ -132,18 +189,24 @@ class QemuVm:
 
 
 @asynccontextmanager
-async def start_vm(config: VmConfig, *, name: str, console_path: Path) -> AsyncIterator[QemuVm]:
+async def start_vm(
+    config: VmConfig, *, name: str, console_path: Path, snapshot: Snapshot | None = None
+) -> AsyncIterator[QemuVm]:
     """Start a VM and end it with the context; the guest boots already when this yields.
 
     ``name`` is the sandbox's id, ``console_path`` a file for the guest's console (at most 1 MiB) in its directory.
+    With ``snapshot``, of a VM that had the same configuration but for the devices that can be plugged in, the guest
+    goes on from there.
     With KVM the caller needs a mount namespace of its own; see ``kvm_node``.
     Raises NotFound, PermissionDenied or InvalidArgument for a file of ``config`` that cannot be used, Unavailable
     with QEMU's own words when it does not start.
     """
     async with AsyncExitStack() as stack:
-        vm, control = _launch(config, name, console_path, stack)
+        vm, control = _launch(config, name, console_path, stack, restored=snapshot is not None)
         stack.push_async_callback(vm.stop)
         await vm.connect_qmp(control)
+        if snapshot is not None:
+            await vm.restore(config, snapshot)
         yield vm
 
 
@@ -157,15 +220,20 @@ class _Channels:
     stderr: socket.socket
 
 
-def _launch(config: VmConfig, name: str, console_path: Path, stack: AsyncExitStack) -> tuple[QemuVm, socket.socket]:
+def _launch(
+    config: VmConfig, name: str, console_path: Path, stack: AsyncExitStack, *, restored: bool
+) -> tuple[QemuVm, socket.socket]:
     """Return the VM whose QEMU was just started, and our end of its control socket."""
     ours, theirs = (_Channels(*ends) for ends in zip(*(socket.socketpair() for _ in range(4)), strict=True))
     for end in vars(ours).values():
         stack.callback(end.close)
+    ram = make_ram(config.memory_bytes)
+    stack.callback(os.close, ram)
     with ExitStack() as inherited:
         for end in vars(theirs).values():
             inherited.callback(end.close)
         fds = Descriptors(
+            ram=ram,
             qmp=theirs.qmp.fileno(),
             console=theirs.console.fileno(),
             ready=theirs.ready.fileno(),
@@ -173,7 +241,7 @@ def _launch(config: VmConfig, name: str, console_path: Path, stack: AsyncExitSta
             initramfs=open_boot_file(config.initramfs, "initramfs", inherited) if config.initramfs else None,
             disks=tuple(_open(disk.path, "disk", inherited) for disk in config.devices if isinstance(disk, Disk)),
         )
-        argv = build_argv(config, fds, name=name)
+        argv = build_argv(config, fds, name=name, restored=restored)
         console = _open_console(ours.console, console_path)
         stack.callback(console.close)
         stderr = Console(ours.stderr)
@@ -188,11 +256,11 @@ def _launch(config: VmConfig, name: str, console_path: Path, stack: AsyncExitSta
         # Should the orderly stop be cut short.
         stack.callback(process.kill)
     ours.ready.setblocking(False)
-    return QemuVm(name, process, console, stderr, ours.ready), ours.qmp
+    return QemuVm(name, process, ram, console, stderr, ours.ready), ours.qmp
 
 
 def _inherited(fds: Descriptors, config: VmConfig) -> list[int]:
-    numbers = [fds.qmp, fds.console, fds.ready, fds.kernel, *fds.disks]
+    numbers = [fds.qmp, fds.console, fds.ready, fds.ram, fds.kernel, *fds.disks]
     numbers += [fds.initramfs] if fds.initramfs is not None else []
     for device in config.devices:
         match device:

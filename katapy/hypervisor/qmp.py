@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _EVENTS_KEPT: Final = 16
 _MESSAGE_MAX: Final = 1 << 20
 _CLOSE_DEADLINE: Final = 1.0
+_MIGRATION: Final = "MIGRATION"
+# MigrationStatus in qapi/migration.json: those that nothing follows
+_MIGRATION_ENDS: Final = ("completed", "failed", "cancelled")
 
 
 class Qmp:
@@ -31,12 +34,27 @@ class Qmp:
     def __init__(self, client: QMPClient) -> None:
         self._client = client
         self._events: deque[tuple[str, object]] = deque(maxlen=_EVENTS_KEPT)
+        self._migration: asyncio.Queue[str] = asyncio.Queue()
         # The library keeps every accepted event for ever; its filter sees them all and accepts none.
         client.events.event_filter = self._note
 
     def _note(self, event: Message) -> bool:
-        self._events.append((str(event["event"]), event.get("data")))
+        name, data = str(event["event"]), event.get("data")
+        self._events.append((name, data))
+        if name == _MIGRATION and isinstance(data, Mapping):
+            self._migration.put_nowait(str(data.get("status")))
         return False
+
+    async def migrated(self) -> str:
+        """Wait for the end of a migration, whose capability ``events`` is on, and return its MigrationStatus."""
+        while (status := await self._migration.get()) not in _MIGRATION_ENDS:
+            pass
+        return status
+
+    async def send(self, fd: int, name: str, *, timeout: float) -> None:
+        """Give QEMU a duplicate of ``fd``, which commands know by ``name``. Raises as ``execute`` does."""
+        self._client.send_fd_scm(fd)
+        await self.execute("getfd", {"fdname": name}, timeout=timeout)
 
     def shutdown_reason(self) -> str | None:
         """Return why QEMU says that the guest stopped (ShutdownCause: guest-panic, guest-reset, …), if it has."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -23,6 +22,8 @@ from katapy.errors import KatapyError, Unavailable
 from katapy.hypervisor import GuestConsole, Vm, VmConfig
 from katapy.hypervisor.accel import Acceleration, probe, require
 from katapy.hypervisor.qemu import QEMU, start_vm
+from katapy.hypervisor.snapshot import Snapshot
+from katapy.sandbox import templates
 from katapy.sandbox.sizing import Size
 from katapy.storage.shared_dir import TAG, SharedTree
 from katapy.storage.virtiofs import find_virtiofsd, start_virtiofsd
@@ -56,7 +57,7 @@ class Machine:
     """A running VM with a serving agent; see ``start_machine``."""
 
     def __init__(self, name: str, record: Callable[[list[run.Process]], None]) -> None:
-        self._name, self._record = name, record
+        self.name, self._record = name, record
         self._failed: asyncio.Future[KatapyError] = asyncio.get_running_loop().create_future()
         self._ending = False
         self.processes: list[run.Process] = []
@@ -121,7 +122,7 @@ class Machine:
         ended = [(process, status) for process in self.processes if (status := process.poll()) is not None]
         process, status = min(ended, key=lambda end: (end[1] >= 0, end[1] == 0))
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        text = f"{process.name} of {self._name} died: pid {process.pid} {how}"
+        text = f"{process.name} of {self.name} died: pid {process.pid} {how}"
         output = self._outputs[process]
         if output is not None:
             what = "the guest console" if process.name == QEMU else "its output"
@@ -150,45 +151,71 @@ async def _settled(task: asyncio.Future[Any]) -> None:
 async def start_machine(
     name: str, directory: Path, config: Config, size: Size, record: Callable[[list[run.Process]], None]
 ) -> AsyncIterator[Machine]:
-    """Boot a VM for the sandbox ``name`` whose private directory is ``directory``, and wait for its agent.
+    """Start a VM for the sandbox ``name`` whose private directory is ``directory``, and connect to its agent.
 
+    It is restored from the template of its shape, or booted where the configuration says so or that fails.
     ``record`` is told of the processes each time that one more runs.
     Raises KatapyError; nothing is left behind then.
     """
-    machine = Machine(name, record)
+    async with AsyncExitStack() as stack:
+        base = await _base_config(config, size)
+        snapshot = await templates.find_snapshot(base, config) if config.hypervisor.template else None
+        machine: Machine | None = None
+        if snapshot is not None:
+            try:
+                machine = await stack.enter_async_context(
+                    _start(Machine(name, record), directory, config, base, snapshot)
+                )
+            except KatapyError as error:
+                log.warning("%s: its template is of no use, booting: %s", name, error)
+        if machine is None:
+            machine = await stack.enter_async_context(_start(Machine(name, record), directory, config, base, None))
+        yield machine
+
+
+async def _base_config(config: Config, size: Size) -> VmConfig:
+    """Return a VM of ``size`` without a device of a pod."""
+    hypervisor = config.hypervisor
+    image = assets.find_image(config.runtime.data_dir, hypervisor.image)
+    kernel = assets.find_kernel(config.runtime.data_dir, hypervisor.kernel)
+    return VmConfig(
+        qemu=hypervisor.qemu,
+        acceleration=require(await probe(), hypervisor),
+        vcpus=size.vcpus,
+        memory_bytes=size.memory_bytes,
+        kernel=kernel.kernel,
+        initramfs=kernel.initramfs,
+        kernel_params=hypervisor.kernel_params,
+        devices=(Disk(image.path, "root"),),
+    )
+
+
+@asynccontextmanager
+async def _start(
+    machine: Machine, directory: Path, config: Config, base: VmConfig, snapshot: Snapshot | None
+) -> AsyncIterator[Machine]:
+    name = machine.name
     async with AsyncExitStack() as stack:
         # gRPC takes long to import, and nothing needs it before the guest is up.
         imported = asyncio.ensure_future(asyncio.to_thread(importlib.import_module, "katapy.agent.client"))
         stack.push_async_callback(_settled, imported)
-        hypervisor = config.hypervisor
-        image = assets.find_image(config.runtime.data_dir, hypervisor.image)
-        kernel = assets.find_kernel(config.runtime.data_dir, hypervisor.kernel)
-        acceleration = require(await probe(), hypervisor)
         tree = SharedTree(directory)
         stack.callback(tree.close)
         daemon = await stack.enter_async_context(
             start_virtiofsd(find_virtiofsd(config.storage.virtiofsd_paths), tree.export, directory, TAG)
         )
         machine._watch(daemon.process, stack, daemon.output)
-        vsock = await stack.enter_async_context(start_vsock(find_kind(hypervisor.vsock)))
+        vsock = await stack.enter_async_context(start_vsock(find_kind(config.hypervisor.vsock)))
         if vsock.process is not None:
             machine._watch(vsock.process, stack, vsock.output)
-        vm_config = VmConfig(
-            qemu=hypervisor.qemu,
-            acceleration=acceleration,
-            vcpus=size.vcpus,
-            memory_bytes=size.memory_bytes,
-            kernel=kernel.kernel,
-            initramfs=kernel.initramfs,
-            kernel_params=hypervisor.kernel_params,
-            devices=(Disk(image.path, "root"), vsock.device, daemon.device),
-        )
-        starting = start_vm(vm_config, name=name, console_path=directory / "console.log")
+        vm_config = replace(base, devices=(*base.devices, vsock.device, daemon.device))
+        starting = start_vm(vm_config, name=name, console_path=directory / "console.log", snapshot=snapshot)
         vm = await machine.guarded(stack.enter_async_context(starting))
         machine._watch(vm.process, stack, vm.console)
         log.debug("%s: QEMU runs", name)
-        await machine.guarded(vm.wait_ready(config.runtime.boot_timeout))
-        log.debug("%s: the guest is ready", name)
+        if snapshot is None:
+            await machine.guarded(vm.wait_ready(config.runtime.boot_timeout))
+            log.debug("%s: the guest is ready", name)
         await imported
         from katapy.agent import client
         from katapy.agent.relay import start_relay
@@ -196,15 +223,8 @@ async def start_machine(
         guest = await machine.guarded(vsock.connect(client.PORT, timeout=config.runtime.boot_timeout))
         address = await stack.enter_async_context(start_relay(directory, guest))
         agent = await stack.enter_async_context(client.connect(address, deadline=config.runtime.boot_timeout))
-        await machine.guarded(_greet(agent))
-        log.debug("%s: the agent answers", name)
-        machine._parts = MachineParts(acceleration, vm, vsock, tree, agent, size)
+        size = Size(base.vcpus, base.memory_bytes)
+        machine._parts = MachineParts(base.acceleration, vm, vsock, tree, agent, size)
         # The first to be left: from there on, an end is what was asked for.
         stack.enter_context(machine._end_quietly())
         yield machine
-
-
-async def _greet(agent: AgentClient) -> None:
-    """Give the guest what makes it its own: time and randomness, before anything of the tenant's runs."""
-    await agent.set_time()
-    await agent.reseed_random(os.urandom(512))

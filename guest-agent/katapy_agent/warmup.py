@@ -1,0 +1,166 @@
+"""Has everything done once that a container's start does, before the VM becomes a template.
+
+Whoever restores the template then starts with modules that are imported, caches that are filled and pages that are
+there, and with as little memory in use as can be: what is free holds zeros, which a template does not keep. Nothing
+here may ask for what must differ between VMs: no boot id, no machine id, no TCP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import mmap
+import os
+import socket
+from pathlib import Path
+from typing import Any, Final
+
+import grpc.aio
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from katapy_agent import agent_pb2 as pb
+from katapy_agent.exchange import Exchange
+
+_ID: Final = "warm-up"
+_DEADLINE: Final = 120.0
+_ROUNDS: Final = 2
+_NO_PROGRAM: Final = "/lib64/ld-linux-x86-64.so.2"  # the smallest that there is: it prints its version
+_MIB: Final = 1 << 20
+# What stays available while free memory is filled, and the most that is.
+_MARGIN: Final = 8 * _MIB
+_FILL_MAX: Final = 512 * _MIB
+_MADV_POPULATE_WRITE: Final = 23
+_SERVICE: Final = pb.DESCRIPTOR.services_by_name["Agent"]
+
+
+async def warm_up(path: str, exchange: Exchange) -> None:
+    """Run containers to their end by the agent's own calls, over its unix socket ``path``; then give back memory.
+
+    Raises what fails: a VM that cannot do this is no template.
+    """
+    async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+        for number in range(_ROUNDS):
+            await _run_container(channel, exchange, read_only=number % 2 == 0)
+    gc.collect()
+    gc.freeze()
+    _clear_free_memory()
+
+
+async def _run_container(channel: grpc.aio.Channel, exchange: Exchange, *, read_only: bool) -> None:
+    await _call(channel, "CreateSandbox", pb.CreateSandboxRequest())
+    listen = channel.unary_stream(f"/{_SERVICE.full_name}/Events", _serialize, pb.Event.FromString)
+    events = listen(pb.Empty())
+    spec = _spec(read_only=read_only)
+    async with _Streams(exchange, _ID) as streams:
+        request = pb.CreateContainerRequest(container_id=_ID, spec=json.dumps(spec).encode(), stdio=streams.stdio)
+        await _call(channel, "CreateContainer", request)
+        waiting = asyncio.create_task(_call(channel, "WaitProcess", pb.WaitProcessRequest(container_id=_ID)))
+        await _call(channel, "StartContainer", pb.StartContainerRequest(container_id=_ID))
+        await waiting
+        await _call(channel, "StatsContainer", pb.StatsContainerRequest(container_id=_ID))
+        await _call(channel, "RemoveContainer", pb.RemoveContainerRequest(container_id=_ID))
+    events.cancel()
+    await _call(channel, "DestroySandbox", pb.Empty())
+
+
+async def _call(channel: grpc.aio.Channel, method: str, request: Message) -> Any:
+    answer = GetMessageClass(_SERVICE.methods_by_name[method].output_type)
+    call = channel.unary_unary(
+        f"/{_SERVICE.full_name}/{method}", request_serializer=_serialize, response_deserializer=answer.FromString
+    )
+    return await call(request, timeout=_DEADLINE)
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+class _Streams:
+    """The streams of a process, as the host would connect them, and read to their end."""
+
+    def __init__(self, exchange: Exchange, token: str) -> None:
+        self.stdio = pb.Stdio(stdin=f"{token}/stdin", stdout=f"{token}/stdout", stderr=f"{token}/stderr")
+        self._exchange = exchange
+        self._ours: list[socket.socket] = []
+
+    async def __aenter__(self) -> _Streams:
+        for name in (self.stdio.stdin, self.stdio.stdout, self.stdio.stderr):
+            ours, theirs = socket.socketpair()
+            for end in (ours, theirs):
+                end.setblocking(False)
+            ours.send(bytes([len(name)]) + name.encode())
+            self._ours.append(ours)
+            await self._exchange.introduce(theirs)
+        self._ours[0].shutdown(socket.SHUT_WR)
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        loop = asyncio.get_running_loop()
+        for ours in self._ours:
+            while ours is not self._ours[0] and await loop.sock_recv(ours, 4096):
+                pass
+            ours.close()
+
+
+def _spec(*, read_only: bool) -> dict[str, Any]:
+    """Return a configuration like those that engines write, with the VM's own root."""
+    sets = ("bounding", "effective", "permitted")
+    capabilities = ["CAP_CHOWN", "CAP_KILL", "CAP_SETGID", "CAP_SETUID", "CAP_NET_BIND_SERVICE"]
+    pts = {"newinstance": None, "ptmxmode": "0666", "mode": "0620", "gid": "5"}
+    denied = {"names": ["kexec_load", "swapon", "swapoff"], "action": "SCMP_ACT_ERRNO"}
+    return {
+        "ociVersion": "1.2.0",
+        "process": {
+            "user": {"uid": 0, "gid": 0},
+            "args": [_NO_PROGRAM, "--version"],
+            "env": ["PATH=/usr/bin", "TERM=xterm"],
+            "cwd": "/",
+            "capabilities": {name: capabilities for name in sets},
+            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
+            "noNewPrivileges": True,
+        },
+        "root": {"path": "/", "readonly": read_only},
+        "hostname": _ID,
+        "mounts": [
+            _mount("/proc", "proc", ["nosuid", "noexec", "nodev"]),
+            _mount("/dev", "tmpfs", ["nosuid", "strictatime", "mode=755", "size=65536k"]),
+            _mount("/dev/pts", "devpts", ["nosuid", "noexec", *(f"{k}={v}" if v else k for k, v in pts.items())]),
+            _mount("/dev/shm", "tmpfs", ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
+            _mount("/dev/mqueue", "mqueue", ["nosuid", "noexec", "nodev"]),
+            _mount("/sys", "sysfs", ["nosuid", "noexec", "nodev", "ro"]),
+            _mount("/sys/fs/cgroup", "cgroup", ["nosuid", "noexec", "nodev", "relatime", "ro"]),
+        ],
+        "linux": {
+            "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "cgroup", "network")],
+            "resources": {
+                "devices": [{"allow": False, "access": "rwm"}],
+                "memory": {"limit": 64 * _MIB},
+                "cpu": {"shares": 1024},
+                "pids": {"limit": 64},
+            },
+            "seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [denied]},
+            "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+        },
+    }
+
+
+def _mount(destination: str, kind: str, options: list[str]) -> dict[str, Any]:
+    return {"destination": destination, "type": kind, "source": kind, "options": options}
+
+
+def _clear_free_memory() -> None:
+    """Drop what the page cache holds, then let free pages hold zeros: by taking them all once."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    available = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+    size = min(available - _MARGIN, _FILL_MAX)
+    if size > 0:
+        # Pages of the smallest size: those are the ones that were in use before.
+        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                memory.madvise(mmap.MADV_NOHUGEPAGE)
+            memory.madvise(_MADV_POPULATE_WRITE)
