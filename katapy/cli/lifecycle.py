@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from katapy.cli import Settings, require_root
+from katapy.cli.timing import Report
 from katapy.errors import InvalidArgument, Unsupported
+from katapy.timing import phase
 
 if TYPE_CHECKING:
     from katapy.client.pod import Pod, Streams
@@ -60,7 +62,9 @@ def _begun(settings: Settings, wanted: Wanted) -> Iterator[tuple[Pod, Bundle]]:
     settings.check_config()
     tell_unknown(bundle.spec.process)
     launch = Launch(settings.root, settings.config_path, settings.debug, wanted.foreground, settings.systemd_cgroup)
-    with Pod.begin(launch, name, bundle) as pod:
+    with phase("launch the shim"):
+        begun = Pod.begin(launch, name, bundle)
+    with begun as pod:
         try:
             yield pod, bundle
         except BaseException:
@@ -87,7 +91,7 @@ def tell_unknown(process: ProcessSpec) -> None:
 def _boot(pod: Pod, bundle: Bundle, container_id: str) -> None:
     from katapy.cli.progress import Progress
 
-    with Progress(f"booting the VM of {container_id}"):
+    with Progress(f"starting the VM of {container_id}"), phase("create"):
         pod.create(bundle)
     if pod.state().accelerator == "tcg":
         from katapy.cli import emulation
@@ -95,7 +99,7 @@ def _boot(pod: Pod, bundle: Bundle, container_id: str) -> None:
         emulation.warn()
 
 
-def _create_detached(settings: Settings, wanted: Wanted, *, start: bool) -> None:
+def _create_detached(settings: Settings, wanted: Wanted, *, start: bool, report: Report | None = None) -> None:
     """Create a container that a stand-in takes care of on the host, and ``start`` it."""
     from katapy.client.pod import network_command, write_pid_file
 
@@ -109,6 +113,10 @@ def _create_detached(settings: Settings, wanted: Wanted, *, start: bool) -> None
         if start:
             pod.start()
         write_pid_file(wanted.pid_file, pid)
+        if report is not None:
+            report.ask(pod)
+    if report is not None:
+        report.give()
 
 
 def check_console(*, terminal: bool, detached: bool, socket: Path | None) -> None:
@@ -156,6 +164,8 @@ def standard_streams(console_socket: Path | None) -> Iterator[Streams]:
 @_NO_NEW_KEYRING
 @click.option("--detach", "-d", is_flag=True, help="Leave it running and return.")
 @click.option("--keep", is_flag=True, help="Do not remove it when it has ended.")
+@click.option("--timing", is_flag=True, help="Say at the end, on stderr, where the time went.")
+@click.option("--timing-json", type=click.Path(path_type=Path), help="Write that to a file, as JSON.")
 @click.argument("container_id", metavar="ID")
 @click.pass_obj
 def run(
@@ -168,6 +178,8 @@ def run(
     no_new_keyring: bool,  # noqa: ARG001
     detach: bool,
     keep: bool,
+    timing: bool,
+    timing_json: Path | None,
     container_id: str,
 ) -> int:
     """Run a bundle in a VM of its own.
@@ -180,11 +192,13 @@ def run(
       katapy run --bundle ./bundle web
       echo hello | katapy run -b ./cat-bundle c1
       katapy run --detach -b ./bundle web && katapy exec web ps
+      katapy run --timing -b ./bundle web
     """
     check_preserved(preserve_fds)
+    report = Report(text=timing, file=timing_json)
     if detach:
         wanted = Wanted(container_id, bundle, console_socket, pid_file, detached=True, foreground=False)
-        _create_detached(settings, wanted, start=True)
+        _create_detached(settings, wanted, start=True, report=report)
         return 0
     from katapy.client.pod import enter_network, write_pid_file
 
@@ -194,9 +208,13 @@ def run(
         control = pod.come_for_streams()
         _boot(pod, loaded, container_id)
         write_pid_file(pid_file, os.getpid())
-        status = pod.run_foreground(control)
+        with phase("run the container"):
+            status = pod.run_foreground(control)
+        report.ask(pod)
         if not keep:
-            tell(pod.discard())
+            with phase("remove the container"):
+                tell(pod.discard())
+    report.give()
     return status
 
 

@@ -13,6 +13,7 @@ from katapy.client.task import TaskClient
 from katapy.errors import Internal
 from katapy.proto import metrics_pb2
 from katapy.proto import shim_pb2 as pb
+from katapy.timing import Phase
 from katapy.transport.ttrpc import TtrpcClient
 
 SERVICE: Final = "katapy.shim.v1.Shim"
@@ -61,6 +62,11 @@ class ShimClient:
         """List the processes of a container."""
         answer = self._call("Processes", pb.ProcessesRequest(id=id), pb.ProcessesResponse, _ANSWER_SECONDS)
         return [GuestProcess(each.pid, each.uid, each.command, each.exec_id) for each in answer.processes]
+
+    def timing(self) -> list[Phase]:
+        """List the phases of the pod's start."""
+        answer = self._call("Timing", Empty(), pb.TimingResponse, _ANSWER_SECONDS)
+        return [Phase(each.name, each.start, each.end) for each in answer.phases]
 
     def _call(self, method: str, request: Message, response: type[M], timeout: float | None) -> M:
         return self._client.call(SERVICE, method, request, response, timeout=timeout)

@@ -27,6 +27,7 @@ from katapy.hypervisor.accel import KVM_DEVICE, Acceleration, Kind
 from katapy.hypervisor.cmdline import Descriptors, build_argv, pluggable
 from katapy.hypervisor.kvm_node import own_node
 from katapy.hypervisor.snapshot import Run, Snapshot, load_ram, make_ram, save_ram
+from katapy.timing import phase
 
 _ELF: Final = b"\x7fELF"
 # The kernel's Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
@@ -107,12 +108,14 @@ class QemuVm:
 
         Raises Unavailable or Timeout; NotFound where a file of the snapshot has gone.
         """
-        await asyncio.to_thread(load_ram, self._ram, snapshot)
-        with ExitStack() as stack:
+        with phase("copy the memory"):
+            await asyncio.to_thread(load_ram, self._ram, snapshot)
+        with phase("load the devices"), ExitStack() as stack:
             await self._migrate("migrate-incoming", os.dup(_open(snapshot.state, "template", stack)))
         # While it stands still, so that it finds all of them at once when it goes on.
-        for device in pluggable(config.devices):
-            await self._execute("device_add", device)
+        with phase("plug in the pod's devices"):
+            for device in pluggable(config.devices):
+                await self._execute("device_add", device)
         await self._execute("cont")
 
     async def _migrate(self, command: str, fd: int) -> None:
@@ -202,9 +205,11 @@ async def start_vm(
     with QEMU's own words when it does not start.
     """
     async with AsyncExitStack() as stack:
-        vm, control = _launch(config, name, console_path, stack, restored=snapshot is not None)
+        with phase("launch QEMU"):
+            vm, control = _launch(config, name, console_path, stack, restored=snapshot is not None)
         stack.push_async_callback(vm.stop)
-        await vm.connect_qmp(control)
+        with phase("greet QEMU"):
+            await vm.connect_qmp(control)
         if snapshot is not None:
             await vm.restore(config, snapshot)
         yield vm

@@ -27,6 +27,7 @@ from katapy.sandbox import templates
 from katapy.sandbox.sizing import Size
 from katapy.storage.shared_dir import TAG, SharedTree
 from katapy.storage.virtiofs import find_virtiofsd, start_virtiofsd
+from katapy.timing import phase
 from katapy.transport.vsock import Vsock, find_kind, start_vsock
 
 if TYPE_CHECKING:
@@ -158,8 +159,9 @@ async def start_machine(
     Raises KatapyError; nothing is left behind then.
     """
     async with AsyncExitStack() as stack:
-        base = await _base_config(config, size)
-        snapshot = await templates.find_snapshot(base, config) if config.hypervisor.template else None
+        with phase("find the template"):
+            base = await _base_config(config, size)
+            snapshot = await templates.find_snapshot(base, config) if config.hypervisor.template else None
         machine: Machine | None = None
         if snapshot is not None:
             try:
@@ -201,26 +203,30 @@ async def _start(
         stack.push_async_callback(_settled, imported)
         tree = SharedTree(directory)
         stack.callback(tree.close)
-        daemon = await stack.enter_async_context(
-            start_virtiofsd(find_virtiofsd(config.storage.virtiofsd_paths), tree.export, directory, TAG)
-        )
+        with phase("start virtiofsd"):
+            daemon = await stack.enter_async_context(
+                start_virtiofsd(find_virtiofsd(config.storage.virtiofsd_paths), tree.export, directory, TAG)
+            )
         machine._watch(daemon.process, stack, daemon.output)
-        vsock = await stack.enter_async_context(start_vsock(find_kind(config.hypervisor.vsock)))
+        with phase("start the vsock device"):
+            vsock = await stack.enter_async_context(start_vsock(find_kind(config.hypervisor.vsock)))
         if vsock.process is not None:
             machine._watch(vsock.process, stack, vsock.output)
         vm_config = replace(base, devices=(*base.devices, vsock.device, daemon.device))
         starting = start_vm(vm_config, name=name, console_path=directory / "console.log", snapshot=snapshot)
-        vm = await machine.guarded(stack.enter_async_context(starting))
+        with phase("start QEMU" if snapshot is None else "restore the VM"):
+            vm = await machine.guarded(stack.enter_async_context(starting))
         machine._watch(vm.process, stack, vm.console)
-        log.debug("%s: QEMU runs", name)
         if snapshot is None:
-            await machine.guarded(vm.wait_ready(config.runtime.boot_timeout))
-            log.debug("%s: the guest is ready", name)
-        await imported
+            with phase("boot the guest"):
+                await machine.guarded(vm.wait_ready(config.runtime.boot_timeout))
+        with phase("import gRPC"):
+            await imported
         from katapy.agent import client
         from katapy.agent.relay import start_relay
 
-        guest = await machine.guarded(vsock.connect(client.PORT, timeout=config.runtime.boot_timeout))
+        with phase("connect to the guest"):
+            guest = await machine.guarded(vsock.connect(client.PORT, timeout=config.runtime.boot_timeout))
         address = await stack.enter_async_context(start_relay(directory, guest))
         agent = await stack.enter_async_context(client.connect(address, deadline=config.runtime.boot_timeout))
         size = Size(base.vcpus, base.memory_bytes)

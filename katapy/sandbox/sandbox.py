@@ -32,6 +32,7 @@ from katapy.sandbox.record import Record
 from katapy.sandbox.sizing import Size, check_fits, vm_size
 from katapy.state import Status
 from katapy.storage.shared_dir import TAG, SharedBind
+from katapy.timing import phase
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +100,10 @@ class Sandbox:
             async with self._added:
                 self._added.notify_all()
             machine = await self._prepare(container)
-            spec = await asyncio.to_thread(self._share, machine, container)
-            log.debug("%s: files shared", container_id)
-            process.guest_pid = await machine.guarded(self._create_in_guest(machine, process, names, spec))
+            with phase("share files"):
+                spec = await asyncio.to_thread(self._share, machine, container)
+            with phase("create the container"):
+                process.guest_pid = await machine.guarded(self._create_in_guest(machine, process, names, spec))
             await self._host.finish(container)
         except BaseException:
             await self._forget(container)
@@ -117,9 +119,11 @@ class Sandbox:
 
     async def _prepare(self, container: Container) -> Machine:
         """Boot the VM, and meanwhile do what the host has to do for a container."""
-        await await_stand_in(container.init)
+        with phase("await the stand-in"):
+            await await_stand_in(container.init)
         if container.id == self.id:
-            self._cgroup = await self._host.make_pod_cgroup(container, self._size(container), self._config)
+            with phase("make the cgroup"):
+                self._cgroup = await self._host.make_pod_cgroup(container, self._size(container), self._config)
         else:
             await self._host.make_member_cgroup(container)
         boot = asyncio.create_task(self._running_machine(container), name="boot the VM")
@@ -149,7 +153,8 @@ class Sandbox:
                 process.watch = asyncio.create_task(self._watch(process), name=f"wait for {process.name}")
             else:
                 hooks = hooks_seconds(container.bundle.spec.hooks.start_container)
-                await machine.guarded(machine.agent.start_container(container_id, hooks=hooks))
+                with phase("start the container"):
+                    await machine.guarded(machine.agent.start_container(container_id, hooks=hooks))
             if process.status is Status.CREATED:
                 process.status = Status.RUNNING
                 if not exec_id:
@@ -373,11 +378,12 @@ class Sandbox:
                         container.record.helpers,
                     )
                 )
-                await machine.guarded(
-                    machine.agent.create_sandbox(
-                        self.id, hostname=spec.hostname or os.uname().nodename, resolv_conf="", shared_tag=TAG
+                with phase("make the VM the pod's own"):
+                    await machine.guarded(
+                        machine.agent.create_sandbox(
+                            self.id, hostname=spec.hostname or os.uname().nodename, resolv_conf="", shared_tag=TAG
+                        )
                     )
-                )
                 self._machine = machine
                 self._failure_watch = asyncio.create_task(self._on_failure(machine), name="watch the machine")
                 self._event_watch = asyncio.create_task(self._on_events(machine), name="watch the guest's events")
@@ -421,7 +427,8 @@ class Sandbox:
             raise
 
     async def _open_streams(self, machine: Machine, process: GuestProcess, names: list[str]) -> agent_pb2.Stdio:
-        process.streams, stdio = await open_streams(machine.connect, names, terminal=process.stdio.terminal)
+        with phase("open the streams"):
+            process.streams, stdio = await open_streams(machine.connect, names, terminal=process.stdio.terminal)
         process.opened.set()
         return stdio
 

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,8 @@ from katapy.shim.observe import ShimService
 from katapy.shim.task import TaskService
 from katapy.state import ProcessRef
 from katapy.storage.shared_dir import enter_private_mounts
+from katapy.timing import process_start
+from katapy.timing import record as record_phases
 from katapy.transport.ttrpc_server import handler_table, serve
 
 log = logging.getLogger("katapy.shim")
@@ -55,15 +58,18 @@ def main() -> int:
     parser.add_argument("--systemd-cgroup", action="store_true")
     parser.add_argument("--debug", action="store_true")
     options = parser.parse_args()
+    loaded = time.monotonic()
     logs.setup(debug=options.debug)
     os.umask(0o077)
     # Before any thread exists: a mount namespace belongs to the thread that asks for it and to its children.
     host_mounts = enter_private_mounts()
-    asyncio.run(_serve(options, host_mounts))
+    asyncio.run(_serve(options, host_mounts, loaded))
     return 0
 
 
-async def _serve(options: argparse.Namespace, host_mounts: int) -> None:
+async def _serve(options: argparse.Namespace, host_mounts: int, loaded: float) -> None:
+    timeline = record_phases()
+    timeline.add("load the shim", process_start(), loaded)
     root = options.directory.parent
     try:
         record = Record(root, options.id)
@@ -85,7 +91,7 @@ async def _serve(options: argparse.Namespace, host_mounts: int) -> None:
                 socket.socket(fileno=options.socket_fd),
                 {
                     TASK.full_name: handler_table(TASK, service, finish=FINISH),
-                    SHIM.full_name: handler_table(SHIM, ShimService(sandbox)),
+                    SHIM.full_name: handler_table(SHIM, ShimService(sandbox, timeline)),
                 },
             ),
             AttachServer(socket.socket(fileno=options.attach_fd), AttachHandler(sandbox)),

@@ -6,13 +6,20 @@ from google.protobuf.empty_pb2 import Empty
 
 from katapy.proto import shim_pb2 as pb
 from katapy.sandbox.sandbox import Sandbox
+from katapy.timing import Timeline
 
 
 class ShimService:
     """What the verbs need and the Task service does not have. Nothing here changes anything."""
 
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
+    def __init__(self, sandbox: Sandbox, timeline: Timeline) -> None:
+        self._sandbox, self._timeline = sandbox, timeline
+
+    async def timing(self, _request: Empty) -> pb.TimingResponse:
+        """List the phases of the pod's start so far."""
+        return pb.TimingResponse(
+            phases=[pb.Phase(name=each.name, start=each.start, end=each.end) for each in self._timeline.phases]
+        )
 
     async def wait_resumed(self, request: pb.WaitResumedRequest) -> Empty:
         """Answer when a container is not paused."""
