@@ -18,8 +18,11 @@ _OPTIONS: Final[dict[str, tuple[str, ...] | None]] = {
     "--log": None,
     "--log-format": ("text", "json"),
     "--rootless": ("auto", "false"),
+    "--config": None,
 }
-_FLAGS: Final = ("--systemd-cgroup",)
+_FLAGS: Final = ("--systemd-cgroup", "--debug")
+_STARTERS: Final = ("run", "create")
+_HELP: Final = frozenset(("-h", "--help"))
 # What may follow `list`: the style, and whether only ids are wanted.
 _LISTS: Final[dict[tuple[str, ...], tuple[str, bool]]] = {
     (): ("table", False),
@@ -34,11 +37,10 @@ _LISTS: Final[dict[tuple[str, ...], tuple[str, bool]]] = {
 
 def main() -> None:
     """Run the program and exit."""
-    text = quick_answer(sys.argv[1:]) if sys.stdout and sys.stderr and "_KATAPY_COMPLETE" not in os.environ else None
+    usual = sys.stdin and sys.stdout and sys.stderr and "_KATAPY_COMPLETE" not in os.environ
+    text = quick_answer(sys.argv[1:]) if usual else None
     if text is None:
-        from katapy.cli import main as command_line
-
-        command_line()
+        _run(preloading=bool(usual) and needs_shim(sys.argv[1:]))
         return
     try:
         sys.stdout.write(text)
@@ -47,6 +49,29 @@ def main() -> None:
         # Whoever read our output has left; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
+
+
+def _run(*, preloading: bool) -> None:
+    if not preloading:
+        from katapy.cli import main as command_line
+
+        command_line()
+        return
+    from katapy import preload
+
+    preload.begin()
+    try:
+        from katapy.cli import main as command_line
+
+        command_line()
+    finally:
+        preload.drop()
+
+
+def needs_shim(arguments: Sequence[str]) -> bool:
+    """Tell whether these are likely to start a shim: to load it meanwhile is worth it then."""
+    _options, verb, rest = _split(arguments)
+    return verb in _STARTERS and os.geteuid() == 0 and not _HELP.intersection(rest)
 
 
 def quick_answer(arguments: Sequence[str]) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import katapy
-from katapy import linux
+from katapy import linux, preload
 from katapy.errors import KatapyError, Unavailable, from_wire
 from katapy.run import Process, start
 from katapy.transport import unix
@@ -95,27 +95,27 @@ def start_shim(
     Raises AlreadyExists when the directory has had a shim, Unavailable when it cannot be started.
     """
     directory = root / sandbox_id
-    argv = [sys.executable, "-I", "-m", "katapy.shim", "--directory", str(directory), "--id", sandbox_id]
+    argv = ["--directory", str(directory), "--id", sandbox_id]
+    argv += ["--debug"] if debug else []
+    argv += ["--foreground"] if foreground else []
+    argv += ["--systemd-cgroup"] if systemd_cgroup else []
+    argv += ["--config", str(config)] if config else []
     with (
         unix.listen(directory / SHIM_SOCKET, socket.SOCK_STREAM) as listening,
         unix.listen(directory / ATTACH_SOCKET, socket.SOCK_SEQPACKET) as attaching,
     ):
-        fds = listening.fileno(), attaching.fileno()
-        argv += ["--socket-fd", str(fds[0]), "--attach-fd", str(fds[1])]
-        argv += ["--debug"] if debug else []
-        argv += ["--foreground"] if foreground else []
-        argv += ["--systemd-cgroup"] if systemd_cgroup else []
-        argv += ["--config", str(config)] if config else []
         client = connect(directory)
-        log = _open_log(directory)
         try:
-            process = start(argv, name="the shim", fds=fds, stdout=log, stderr=log, die_with_owner=False)
+            log = _open_log(directory)
+            try:
+                shim = preload.take()
+                shim.give(argv, [listening.fileno(), attaching.fileno(), log])
+            finally:
+                os.close(log)
         except KatapyError:
             client.close()
             raise
-        finally:
-            os.close(log)
-    return Connected(client, process.release())
+    return Connected(client, shim.pid)
 
 
 def connect(directory: Path) -> TtrpcClient:

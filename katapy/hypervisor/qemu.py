@@ -103,13 +103,16 @@ class QemuVm:
         await self._migrate("migrate", os.open(state, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         return await asyncio.to_thread(save_ram, self._ram, ram)
 
+    async def copy_memory(self, snapshot: Snapshot) -> None:
+        """Copy the memory of a VM that was saved. Raises Unavailable."""
+        with phase("copy the memory"):
+            await asyncio.to_thread(load_ram, self._ram, snapshot)
+
     async def restore(self, config: VmConfig, snapshot: Snapshot) -> None:
-        """Read the memory and the devices of a VM that was saved, plug in those that ``config`` has, and let it run.
+        """Restore the devices of a VM whose memory was copied, plug in those that ``config`` has, and let it run.
 
         Raises Unavailable or Timeout; NotFound where a file of the snapshot has gone.
         """
-        with phase("copy the memory"):
-            await asyncio.to_thread(load_ram, self._ram, snapshot)
         with phase("load the devices"), ExitStack() as stack:
             await self._migrate("migrate-incoming", os.dup(_open(snapshot.state, "template", stack)))
         # While it stands still, so that it finds all of them at once when it goes on.
@@ -208,11 +211,18 @@ async def start_vm(
         with phase("launch QEMU"):
             vm, control = _launch(config, name, console_path, stack, restored=snapshot is not None)
         stack.push_async_callback(vm.stop)
+        copying = asyncio.ensure_future(vm.copy_memory(snapshot) if snapshot else _nothing())
+        stack.push_async_callback(asyncio.wait, [copying])
         with phase("greet QEMU"):
             await vm.connect_qmp(control)
+        await copying
         if snapshot is not None:
             await vm.restore(config, snapshot)
         yield vm
+
+
+async def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)

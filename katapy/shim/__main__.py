@@ -1,7 +1,7 @@
 """The shim: one supervisor process per pod.
 
-Started by ``katapy.client.launch`` with two listening sockets in the sandbox directory: ``shim.sock`` serves
-containerd's Task API over ttrpc, ``attach.sock`` hands standard streams to the processes that stand in for the
+Started by ``katapy.preload``, told what for by ``katapy.client.launch``, with two listening sockets in the sandbox
+directory: ``shim.sock`` serves containerd's Task API over ttrpc, ``attach.sock`` hands standard streams to the processes that stand in for the
 container on the host. It owns the virtual machine and all helpers; they die with it.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from katapy import log as logs
-from katapy import run
+from katapy import preload, run
 from katapy.cgroups.path import Driver
 from katapy.config import Config
 from katapy.errors import NotFound
@@ -37,6 +37,7 @@ from katapy.timing import process_start
 from katapy.timing import record as record_phases
 from katapy.transport.ttrpc_server import handler_table, serve
 
+_FILES_MAX: Final = 1 << 20
 log = logging.getLogger("katapy.shim")
 
 # What has been begun is done, also when the caller leaves; a Create whose caller has left is undone.
@@ -51,23 +52,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="katapy.shim", allow_abbrev=False)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--id", required=True)
-    parser.add_argument("--socket-fd", type=int, required=True)
-    parser.add_argument("--attach-fd", type=int, required=True)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--foreground", action="store_true")
     parser.add_argument("--systemd-cgroup", action="store_true")
     parser.add_argument("--debug", action="store_true")
-    options = parser.parse_args()
     loaded = time.monotonic()
+    os.closerange(preload.CONTROL_FD + 1, _FILES_MAX)
+    os.chdir("/")
+    arguments, fds = preload.await_arguments()
+    if not fds:
+        return 0
+    options = parser.parse_args(arguments)
+    listening, attaching, log_fd = fds
+    for stream in (1, 2):
+        os.dup2(log_fd, stream)
+    os.close(log_fd)
     logs.setup(debug=options.debug)
     os.umask(0o077)
     # Before any thread exists: a mount namespace belongs to the thread that asks for it and to its children.
     host_mounts = enter_private_mounts()
-    asyncio.run(_serve(options, host_mounts, loaded))
+    asyncio.run(_serve(options, (listening, attaching), host_mounts, loaded))
     return 0
 
 
-async def _serve(options: argparse.Namespace, host_mounts: int, loaded: float) -> None:
+async def _serve(options: argparse.Namespace, sockets: tuple[int, int], host_mounts: int, loaded: float) -> None:
     timeline = record_phases()
     timeline.add("load the shim", process_start(), loaded)
     root = options.directory.parent
@@ -88,13 +96,13 @@ async def _serve(options: argparse.Namespace, host_mounts: int, loaded: float) -
     try:
         async with (
             serve(
-                socket.socket(fileno=options.socket_fd),
+                socket.socket(fileno=sockets[0]),
                 {
                     TASK.full_name: handler_table(TASK, service, finish=FINISH),
                     SHIM.full_name: handler_table(SHIM, ShimService(sandbox, timeline)),
                 },
             ),
-            AttachServer(socket.socket(fileno=options.attach_fd), AttachHandler(sandbox)),
+            AttachServer(socket.socket(fileno=sockets[1]), AttachHandler(sandbox)),
         ):
             await service.done.wait()
             await sandbox.close()
