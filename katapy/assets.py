@@ -15,7 +15,6 @@ import fcntl
 import os
 import re
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -183,6 +182,8 @@ def staging(data_dir: Path) -> Iterator[Path]:
 
 @contextmanager
 def _temporary(data_dir: Path) -> Iterator[Path]:
+    import tempfile
+
     directory = Path(tempfile.mkdtemp(prefix=_STAGING, dir=data_dir))
     try:
         yield directory

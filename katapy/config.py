@@ -9,12 +9,10 @@ A file says which programs run as root, so only root (or the calling user) may b
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -261,6 +259,8 @@ def parse_toml(data: bytes, *, what: str) -> dict[str, dict[str, Any]]:
 
     ``what`` names the file in errors. Raises InvalidArgument.
     """
+    import tomllib  # most hosts have no file
+
     try:
         document = tomllib.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -292,6 +292,8 @@ def _check_section(section: Any, name: str, table: dict[str, object], what: str)
 
 
 def _nearest(name: str, known: list[str]) -> str:
+    import difflib
+
     close = difflib.get_close_matches(name[:64], known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 

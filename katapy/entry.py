@@ -57,9 +57,10 @@ def _run(*, preloading: bool) -> None:
 
         command_line()
         return
-    from katapy import preload
+    from katapy import lean, preload
 
     preload.begin()
+    lean.skip_python_messages()
     try:
         from katapy.cli import main as command_line
 

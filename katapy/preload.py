@@ -11,16 +11,20 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from katapy.errors import Unavailable
 from katapy.run import ENVIRONMENT
 
 CONTROL_FD: Final = 3
 MESSAGE_MAX: Final = 65536
-_PROGRAM: Final = "import sys; from katapy.shim.__main__ import main; sys.exit(main())"
+_PROGRAM: Final = (
+    "import os; from katapy import lean; lean.skip_python_messages(); lean.skip_ssl()\n"
+    # Without a farewell: what is to be undone is undone, and whoever ends a container waits for the end of its shim.
+    "from katapy.shim.__main__ import main; os._exit(main())"
+)
 
 
 class Waiting(NamedTuple):
@@ -29,11 +33,11 @@ class Waiting(NamedTuple):
     pid: int
     control: socket.socket
 
-    def give(self, argv: Sequence[str], fds: Sequence[int]) -> None:
-        """Let it begin with these arguments and descriptors. Raises Unavailable where it has died."""
+    def give(self, arguments: Mapping[str, object], fds: Sequence[int]) -> None:
+        """Let it begin with these arguments, plain JSON, and descriptors. Raises Unavailable where it has died."""
         with self.control:
             try:
-                socket.send_fds(self.control, [json.dumps(list(argv)).encode()], list(fds))
+                socket.send_fds(self.control, [json.dumps(arguments).encode()], list(fds))
             except OSError as error:
                 os.waitpid(self.pid, 0)
                 raise Unavailable(f"cannot start the shim: it died while it was loaded: {error.strerror}") from error
@@ -83,8 +87,8 @@ def _start() -> Waiting:
     return Waiting(pid, ours)
 
 
-def await_arguments() -> tuple[list[str], list[int]]:
+def await_arguments() -> tuple[dict[str, Any], list[int]]:
     """In the shim: wait for its arguments and descriptors; there are none where nobody has a use for it."""
     with socket.socket(fileno=CONTROL_FD) as control:
         data, fds, _flags, _address = socket.recv_fds(control, MESSAGE_MAX, 8)
-    return (json.loads(data) if data else []), fds
+    return (json.loads(data) if data else {}), fds

@@ -15,8 +15,6 @@ import array
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -117,20 +115,20 @@ def remove_all(directory: Path) -> list[str]:
     for key in keys:
         discard(directory, key)
     for left in [*directory.glob(f"{_STAGING}*"), *directory.glob(f"{_TRASH}*")]:
-        shutil.rmtree(left, ignore_errors=True)
+        _remove_tree(left)
     return keys
 
 
 def discard(directory: Path, key: str) -> None:
     """Remove the template ``key`` if there is one: at once, as everybody else sees it."""
     with suppress(FileNotFoundError):
-        trash = tempfile.mkdtemp(prefix=_TRASH, dir=directory)
+        trash = _new_directory(directory)
         try:
             with suppress(FileNotFoundError):
                 (directory / key).rename(Path(trash) / key)
             (directory / f"{key}.lock").unlink(missing_ok=True)
         finally:
-            shutil.rmtree(trash, ignore_errors=True)
+            _remove_tree(trash)
 
 
 def prepare(directory: Path, key: str) -> Path:
@@ -140,7 +138,7 @@ def prepare(directory: Path, key: str) -> Path:
     """
     staging = directory / f"{_STAGING}{key}"
     try:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_tree(staging)
         staging.mkdir(mode=0o700)
     except OSError as error:
         raise Unavailable(f"cannot make a template in {directory}: {error.strerror}") from error
@@ -166,7 +164,7 @@ def install(directory: Path, key: str, *, shape: dict[str, Any], runs: tuple[Run
         staging.rename(place)
         _sync(directory)
     except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_tree(staging)
         raise Unavailable(f"cannot install template {key[:12]}: {error.strerror}") from error
     template = _load(place)
     _remember(template)
@@ -260,10 +258,9 @@ def _recall(template: Template) -> dict[str, Any] | None:
 def _remember(template: Template) -> None:
     # Where that is not possible, the next start hashes again.
     with suppress(OSError):
-        fd, temporary = tempfile.mkstemp(prefix=_CHECKED, dir=template.directory)
-        with os.fdopen(fd, "wb") as file:
-            file.write(dump(_fingerprint(template)))
-        os.rename(temporary, template.directory / _CHECKED)
+        temporary = template.directory / f"{_CHECKED}.{os.getpid()}"
+        temporary.write_bytes(dump(_fingerprint(template)))
+        temporary.rename(template.directory / _CHECKED)
 
 
 def _hash(path: Path) -> str:
@@ -277,3 +274,15 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _new_directory(directory: Path) -> str:
+    import tempfile  # only for what is seldom done: it costs as much as all that a start needs of this module
+
+    return tempfile.mkdtemp(prefix=_TRASH, dir=directory)
+
+
+def _remove_tree(path: Path | str) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)

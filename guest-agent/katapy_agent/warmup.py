@@ -118,7 +118,7 @@ def _spec(*, read_only: bool) -> dict[str, Any]:
             "args": [_NO_PROGRAM, "--version"],
             "env": ["PATH=/usr/bin", "TERM=xterm"],
             "cwd": "/",
-            "capabilities": {name: capabilities for name in sets},
+            "capabilities": dict.fromkeys(sets, capabilities),
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
             "noNewPrivileges": True,
         },

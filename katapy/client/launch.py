@@ -95,11 +95,14 @@ def start_shim(
     Raises AlreadyExists when the directory has had a shim, Unavailable when it cannot be started.
     """
     directory = root / sandbox_id
-    argv = ["--directory", str(directory), "--id", sandbox_id]
-    argv += ["--debug"] if debug else []
-    argv += ["--foreground"] if foreground else []
-    argv += ["--systemd-cgroup"] if systemd_cgroup else []
-    argv += ["--config", str(config)] if config else []
+    arguments = {
+        "root": str(root),
+        "id": sandbox_id,
+        "debug": debug,
+        "config": str(config) if config else None,
+        "foreground": foreground,
+        "systemd_cgroup": systemd_cgroup,
+    }
     with (
         unix.listen(directory / SHIM_SOCKET, socket.SOCK_STREAM) as listening,
         unix.listen(directory / ATTACH_SOCKET, socket.SOCK_SEQPACKET) as attaching,
@@ -109,7 +112,7 @@ def start_shim(
             log = _open_log(directory)
             try:
                 shim = preload.take()
-                shim.give(argv, [listening.fileno(), attaching.fileno(), log])
+                shim.give(arguments, [listening.fileno(), attaching.fileno(), log])
             finally:
                 os.close(log)
         except KatapyError:

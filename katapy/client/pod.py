@@ -169,7 +169,11 @@ class Pod:
         """
         with _ShimLog(self._root, self._id) as log:
             with suppress(KatapyError):
-                self.remove(force=True)
+                # A pod that is this process's own ends as a whole.
+                if self._shim:
+                    self.task.shutdown(self._id, now=True)
+                else:
+                    self.remove(force=True)
             self._client.close()
             if self._shim:
                 self._reap()

@@ -330,13 +330,13 @@ class Sandbox:
                 if not task.cancelling():
                     task.cancel()
             await asyncio.wait(set(self._creating))
-        for container in list(self._containers.values()):
-            await self._forget(container)
         machine, self._machine = self._machine, None
         if machine is not None and machine.failed_with() is None:
-            # The guest writes back what it has cached; a guest that does not answer loses it.
-            with suppress(KatapyError):
+            # All containers at once. The guest writes back what it has cached; one that does not answer loses it.
+            with suppress(KatapyError), phase("remove all from the guest"):
                 await machine.guarded(machine.agent.destroy_sandbox(deadline=_DESTROY_DEADLINE))
+        for container in list(self._containers.values()):
+            await self._forget(container)
         if self._event_watch is not None:
             self._event_watch.cancel()
             await asyncio.wait([self._event_watch])
@@ -345,9 +345,11 @@ class Sandbox:
                 # It is taking apart what is left of the machine; half of that done would be worse than all.
                 await asyncio.wait([self._failure_watch])
             self._failure_watch.cancel()
-        await self._stack.aclose()
+        with phase("end the VM"):
+            await self._stack.aclose()
         cgroup, self._cgroup = self._cgroup, None
-        await remove_cgroup(cgroup)
+        with phase("remove the cgroup"):
+            await remove_cgroup(cgroup)
 
     def remove(self) -> None:
         """Remove the pod's own directory, as the very last thing."""
@@ -477,7 +479,7 @@ class Sandbox:
                 process.lose(NotFound(f"container {container_id!r} was deleted"))
         container.changed()
         if machine is not None and machine.failed_with() is None:
-            with suppress(KatapyError):
+            with suppress(KatapyError), phase("remove the container from the guest"):
                 await machine.guarded(machine.agent.remove_container(container_id, deadline=_REMOVE_DEADLINE))
         try:
             if machine is not None and machine.failed_with() is None:

@@ -1,22 +1,20 @@
 """The shim: one supervisor process per pod.
 
 Started by ``katapy.preload``, told what for by ``katapy.client.launch``, with two listening sockets in the sandbox
-directory: ``shim.sock`` serves containerd's Task API over ttrpc, ``attach.sock`` hands standard streams to the processes that stand in for the
-container on the host. It owns the virtual machine and all helpers; they die with it.
+directory: ``shim.sock`` serves containerd's Task API over ttrpc, ``attach.sock`` hands standard streams to the
+processes that stand in for the container on the host. It owns the virtual machine and all helpers; they die with it.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from katapy import log as logs
 from katapy import preload, run
@@ -33,7 +31,7 @@ from katapy.shim.observe import ShimService
 from katapy.shim.task import TaskService
 from katapy.state import ProcessRef
 from katapy.storage.shared_dir import enter_private_mounts
-from katapy.timing import process_start
+from katapy.timing import as_text, process_start
 from katapy.timing import record as record_phases
 from katapy.transport.ttrpc_server import handler_table, serve
 
@@ -47,22 +45,26 @@ TASK: Final = task_pb2.DESCRIPTOR.services_by_name["Task"]
 SHIM: Final = shim_pb2.DESCRIPTOR.services_by_name["Shim"]
 
 
+class _Options(NamedTuple):
+    """What ``katapy.client.launch`` asks for."""
+
+    root: str
+    id: str
+    config: str | None
+    debug: bool
+    foreground: bool
+    systemd_cgroup: bool
+
+
 def main() -> int:
     """Run until the pod is gone. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="katapy.shim", allow_abbrev=False)
-    parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--id", required=True)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--foreground", action="store_true")
-    parser.add_argument("--systemd-cgroup", action="store_true")
-    parser.add_argument("--debug", action="store_true")
     loaded = time.monotonic()
     os.closerange(preload.CONTROL_FD + 1, _FILES_MAX)
     os.chdir("/")
     arguments, fds = preload.await_arguments()
     if not fds:
         return 0
-    options = parser.parse_args(arguments)
+    options = _Options(**arguments)
     listening, attaching, log_fd = fds
     for stream in (1, 2):
         os.dup2(log_fd, stream)
@@ -75,10 +77,10 @@ def main() -> int:
     return 0
 
 
-async def _serve(options: argparse.Namespace, sockets: tuple[int, int], host_mounts: int, loaded: float) -> None:
+async def _serve(options: _Options, sockets: tuple[int, int], host_mounts: int, loaded: float) -> None:
     timeline = record_phases()
     timeline.add("load the shim", process_start(), loaded)
-    root = options.directory.parent
+    root = Path(options.root)
     try:
         record = Record(root, options.id)
     except NotFound:
@@ -86,7 +88,7 @@ async def _serve(options: argparse.Namespace, sockets: tuple[int, int], host_mou
         return
     driver = Driver.SYSTEMD if options.systemd_cgroup else Driver.CGROUPFS
     host = Host(host_mounts, driver, record.creator.pid if record.creator else 0, root)
-    sandbox = Sandbox(root, options.id, record, Config.load(options.config), host)
+    sandbox = Sandbox(root, options.id, record, Config.load(Path(options.config) if options.config else None), host)
     service = TaskService(sandbox)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -109,6 +111,8 @@ async def _serve(options: argparse.Namespace, sockets: tuple[int, int], host_mou
     finally:
         watch.cancel()
         sandbox.remove()
+        for line in as_text(timeline.phases).splitlines():
+            log.debug("%s", line)
         log.debug("sandbox %s is gone", sandbox.id)
 
 
@@ -126,7 +130,3 @@ async def _watch_creator(
             os.close(fd)
     if foreground or sandbox.empty:
         service.done.set()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
