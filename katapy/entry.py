@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 # Global options that these verbs need not look into, and the values that are fine; None is any.
@@ -18,9 +18,8 @@ _OPTIONS: Final[dict[str, tuple[str, ...] | None]] = {
     "--log": None,
     "--log-format": ("text", "json"),
     "--rootless": ("auto", "false"),
-    "--config": None,
 }
-_FLAGS: Final = ("--systemd-cgroup", "--debug")
+_FLAGS: Final = ("--systemd-cgroup",)
 _STARTERS: Final = ("run", "create")
 _HELP: Final = frozenset(("-h", "--help"))
 # What may follow `list`: the style, and whether only ids are wanted.
@@ -71,7 +70,7 @@ def _run(*, preloading: bool) -> None:
 
 def needs_shim(arguments: Sequence[str]) -> bool:
     """Tell whether these are likely to start a shim: to load it meanwhile is worth it then."""
-    _options, verb, rest = _split(arguments)
+    _options, verb, rest = _split(arguments, flags=(*_FLAGS, "--debug"), options={**_OPTIONS, "--config": None})
     return verb in _STARTERS and os.geteuid() == 0 and not _HELP.intersection(rest)
 
 
@@ -98,22 +97,27 @@ def quick_answer(arguments: Sequence[str]) -> str | None:
     return None if errors else text
 
 
-def _split(arguments: Sequence[str]) -> tuple[dict[str, str], str, tuple[str, ...]]:
-    """Return the global options, the verb and what follows it; no verb where an option is not known here."""
-    options: dict[str, str] = {}
+def _split(
+    arguments: Sequence[str],
+    *,
+    flags: Sequence[str] = _FLAGS,
+    options: Mapping[str, tuple[str, ...] | None] = _OPTIONS,
+) -> tuple[dict[str, str], str, tuple[str, ...]]:
+    """Return the global options, the verb and what follows it; no verb where an option is not among those given."""
+    found: dict[str, str] = {}
     left = iter(arguments)
     for argument in left:
         if not argument.startswith("-"):
-            return options, argument, tuple(left)
-        if argument in _FLAGS:
+            return found, argument, tuple(left)
+        if argument in flags:
             continue
         name, equals, value = argument.partition("=")
         if not equals:
             value = next(left, "")
-        if name not in _OPTIONS or not value or value not in (_OPTIONS[name] or (value,)):
+        if name not in options or not value or value not in (options[name] or (value,)):
             break
-        options[name] = value
-    return options, "", ()
+        found[name] = value
+    return found, "", ()
 
 
 def _touch_log(path: str | None) -> None:

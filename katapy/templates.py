@@ -24,6 +24,9 @@ from typing import Any, Final
 from katapy.errors import InvalidArgument, KatapyError, NotFound, Unavailable
 from katapy.jsonfile import dump, parse, read, shown
 
+DIRECTORY: Final = "templates"
+"""What the directory is called in the data directory."""
+
 RAM: Final = "ram"
 STATE: Final = "state"
 _MAP: Final = "map"
@@ -259,6 +262,7 @@ def _remember(template: Template) -> None:
     # Where that is not possible, the next start hashes again.
     with suppress(OSError):
         temporary = template.directory / f"{_CHECKED}.{os.getpid()}"
+        temporary.touch(mode=0o600)
         temporary.write_bytes(dump(_fingerprint(template)))
         temporary.rename(template.directory / _CHECKED)
 

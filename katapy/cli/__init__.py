@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Final, Literal
 import click
 
 from katapy import __version__
-from katapy.errors import KatapyError, Unsupported, codes_of
+from katapy.errors import InvalidArgument, KatapyError, Unsupported, codes_of
 
 if TYPE_CHECKING:
     from katapy.config import Config
+    from katapy.sandbox.sizing import Size
 
 DEFAULT_ROOT: Final = "/run/katapy"
 
@@ -41,6 +42,7 @@ _VERBS: Final = {
     "features": "features",
     "check": "check",
     "image": "image",
+    "template": "template",
     "completion": "completion",
 }
 
@@ -57,6 +59,18 @@ class Settings:
         from katapy.config import Config
 
         return Config.load(self.config_path)
+
+    def size(self, memory: str | None, vcpus: int | None) -> Size:
+        """Return the size of a VM, as configured where it is not given. Raises InvalidArgument."""
+        from katapy.config import parse_size
+        from katapy.sandbox.sizing import Size
+
+        hypervisor = self.config.hypervisor
+        try:
+            memory_bytes = hypervisor.memory if memory is None else parse_size(memory)
+        except ValueError as error:
+            raise InvalidArgument(f"--memory: {error}") from error
+        return Size(vcpus or hypervisor.vcpus, memory_bytes)
 
     def check_config(self) -> None:
         """Raise what is wrong with the configuration, for a verb that leaves reading it to another process."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from katapy import assets
+from katapy.cli.table import age, print_table, size, utc
 from katapy.errors import KatapyError
 
 
@@ -41,7 +41,7 @@ def build(force: bool) -> None:
         force=force,
         waiting=lambda: click.echo("waiting for another katapy image build", err=True),
     )
-    click.echo(f"image {built.short_digest} {_size(built.size_bytes)}, kernel {kernel.version}")
+    click.echo(f"image {built.short_digest} {size(built.size_bytes)}, kernel {kernel.version}")
 
 
 @image.command("ls")
@@ -67,11 +67,8 @@ def list_assets(style: str) -> None:
         kernel = assets.find_kernel(_data_dir()).version
     except KatapyError:
         kernel = "-"
-    rows = [(one.short_digest, _size(one.size_bytes), kernel, _age(one.created)) for one in images]
-    table = [("DIGEST", "SIZE", "KERNEL", "AGE"), *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(4)]
-    for row in table:
-        click.echo("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    rows = [(one.short_digest, size(one.size_bytes), kernel, age(one.created)) for one in images]
+    print_table([("DIGEST", "SIZE", "KERNEL", "AGE"), *rows])
 
 
 @image.command("rm")
@@ -102,25 +99,8 @@ def _data_dir() -> Path:
 
 
 def _image_json(one: assets.Image) -> dict[str, Any]:
-    return {"digest": one.digest, "path": str(one.path), "size": one.size_bytes, "created": _time(one.created)}
+    return {"digest": one.digest, "path": str(one.path), "size": one.size_bytes, "created": utc(one.created)}
 
 
 def _kernel_json(one: assets.Kernel) -> dict[str, Any]:
-    return {"version": one.version, "kind": one.kind, "path": str(one.kernel), "created": _time(one.created)}
-
-
-def _time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def _size(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"
-
-
-def _age(created: float) -> str:
-    """Return how long ago it was, in the largest unit of which there are two."""
-    seconds = max(0, int(time.time() - created))
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length} {unit}"
-    return f"{seconds} seconds"
+    return {"version": one.version, "kind": one.kind, "path": str(one.kernel), "created": utc(one.created)}

@@ -93,6 +93,7 @@ def _boot(pod: Pod, bundle: Bundle, container_id: str) -> None:
 
     with Progress(f"starting the VM of {container_id}"), phase("create"):
         pod.create(bundle)
+    tell(pod.warnings())
     if pod.state().accelerator == "tcg":
         from katapy.cli import emulation
 

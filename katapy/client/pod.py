@@ -162,6 +162,13 @@ class Pod:
             self.start()
             return self._pump(attachment, signals)
 
+    def warnings(self) -> list[str]:
+        """Return what a shim that is this process's own has warned of since its beginning."""
+        if not self._shim:
+            return []
+        with _ShimLog(self._root, self._id, whence=os.SEEK_SET) as log:
+            return log.warnings()
+
     def discard(self) -> list[str]:
         """Remove the container whatever it does, wait until nothing is left of it, and return what the shim warns of.
 
@@ -316,12 +323,12 @@ def delete(root: Path, container_id: str, *, force: bool) -> list[str]:
 
 
 class _ShimLog:
-    """What a shim logs from now on: to be read when the shim, and with it the name of its log, is gone."""
+    """What a shim logs from now on, or from its beginning: can be read when the name of its log is gone with it."""
 
-    def __init__(self, root: Path, sandbox_id: str) -> None:
+    def __init__(self, root: Path, sandbox_id: str, *, whence: int = os.SEEK_END) -> None:
         try:
             self._file: BinaryIO | None = (root / sandbox_id / launch.LOG).open("rb")
-            self._file.seek(0, os.SEEK_END)
+            self._file.seek(0, whence)
         except OSError:
             self._file = None
 

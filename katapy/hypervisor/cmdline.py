@@ -161,7 +161,7 @@ def _ports() -> Iterator[str]:
 
 def _disks(devices: tuple[Device, ...], fds: tuple[int, ...]) -> Iterator[str]:
     disks = [device for device in devices if isinstance(device, Disk)]
-    for index, (disk, fd) in enumerate(zip(disks, fds, strict=True)):
+    for index, (disk, fd) in enumerate(zip(disks, fds, strict=False)):
         yield from _disk(f"disk{index}", disk, fd)
 
 

@@ -94,8 +94,8 @@ class QemuVm:
         # The guest gets no more answer on this port, and what it still writes there goes nowhere.
         self._ready.close()
 
-    async def save(self, ram: Path, state: Path) -> tuple[tuple[Run, ...], str]:
-        """Stop the VM for good and write it to two new files; return what ``save_ram`` does.
+    async def save(self, ram: Path, state: Path) -> tuple[Run, ...]:
+        """Stop the VM for good and write it to two new files; return which parts of the memory are in ``ram``.
 
         It must have no device but disks. Raises Unavailable or Timeout.
         """

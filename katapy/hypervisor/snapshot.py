@@ -7,7 +7,6 @@ its devices. A snapshot keeps the pages of it that hold anything but zeros, one 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,23 +73,20 @@ def _send(source: int, target: int, length: int) -> None:
         length -= sent
 
 
-def save_ram(fd: int, path: Path) -> tuple[tuple[Run, ...], str]:
-    """Write what is not zero in ``fd`` to the new file ``path``; return the runs, and the SHA-256 of the file.
+def save_ram(fd: int, path: Path) -> tuple[Run, ...]:
+    """Write what is not zero in ``fd`` to the new file ``path``, and return the runs that it holds.
 
     Raises Unavailable.
     """
-    digest = hashlib.sha256()
     runs: list[Run] = []
     try:
         with path.open("xb", buffering=0) as file:
             for offset, length in _runs(fd):
-                data = os.pread(fd, length, offset)
-                digest.update(data)
-                file.write(data)
+                file.write(os.pread(fd, length, offset))
                 runs.append((offset, length))
     except OSError as error:
         raise Unavailable(f"cannot write a template to {path}: {error.strerror}") from error
-    return tuple(runs), digest.hexdigest()
+    return tuple(runs)
 
 
 def _runs(fd: int) -> Iterator[Run]:

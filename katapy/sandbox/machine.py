@@ -27,6 +27,7 @@ from katapy.sandbox import templates
 from katapy.sandbox.sizing import Size
 from katapy.storage.shared_dir import TAG, SharedTree
 from katapy.storage.virtiofs import find_virtiofsd, start_virtiofsd
+from katapy.templates import Template
 from katapy.timing import phase
 from katapy.transport.vsock import Vsock, find_kind, start_vsock
 
@@ -173,6 +174,11 @@ async def start_machine(
         if machine is None:
             machine = await stack.enter_async_context(_start(Machine(name, record), directory, config, base, None))
         yield machine
+
+
+async def make_template(config: Config, size: Size) -> Template:
+    """Return the template for VMs of ``size``, made where there is none. Raises KatapyError."""
+    return await templates.find_or_make(await _base_config(config, size), config)
 
 
 async def _base_config(config: Config, size: Size) -> VmConfig:

@@ -28,6 +28,7 @@ from katapy.hypervisor.accel import Kind
 from katapy.hypervisor.cmdline import Descriptors, build_argv
 from katapy.hypervisor.qemu import start_vm
 from katapy.hypervisor.snapshot import Snapshot
+from katapy.timing import phase
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ _CPUINFO: Final = Path("/proc/cpuinfo")
 
 def directory(config: Config) -> Path:
     """Return where templates are kept."""
-    return config.runtime.data_dir / "templates"
+    return config.runtime.data_dir / templates.DIRECTORY
 
 
 async def find_snapshot(vm_config: VmConfig, config: Config) -> Snapshot | None:
@@ -47,7 +48,6 @@ async def find_snapshot(vm_config: VmConfig, config: Config) -> Snapshot | None:
 
     Makes the template where there is none, or none that is intact. None, with a warning, where that fails.
     """
-    vm_config = replace(vm_config, kernel_params=(*vm_config.kernel_params, _WARM))
     try:
         template = await find_or_make(vm_config, config)
         return Snapshot(template.directory / templates.RAM, template.runs(), template.directory / templates.STATE)
@@ -57,7 +57,8 @@ async def find_snapshot(vm_config: VmConfig, config: Config) -> Snapshot | None:
 
 
 async def find_or_make(vm_config: VmConfig, config: Config) -> templates.Template:
-    """Return the template for ``vm_config``. Raises KatapyError."""
+    """Return the template for ``vm_config``, whose devices are the root disk alone. Raises KatapyError."""
+    vm_config = replace(vm_config, kernel_params=(*vm_config.kernel_params, _WARM))
     place, key = directory(config), template_key(vm_config)
     template = await asyncio.to_thread(_find_intact, place, key)
     if template is None:
@@ -81,10 +82,12 @@ def _find_intact(place: Path, key: str) -> templates.Template | None:
 async def _make(vm_config: VmConfig, config: Config, key: str) -> templates.Template:
     place = directory(config)
     staging = await asyncio.to_thread(templates.prepare, place, key)
-    log.debug("making template %s", key[:12])
-    async with start_vm(vm_config, name=f"template-{key[:12]}", console_path=staging / "console.log") as vm:
-        await vm.wait_ready(config.runtime.boot_timeout)
-        runs, _ = await vm.save(staging / templates.RAM, staging / templates.STATE)
+    console = staging / "console.log"
+    with phase("make the template"):
+        async with start_vm(vm_config, name=f"template-{key[:12]}", console_path=console) as vm:
+            await vm.wait_ready(config.runtime.boot_timeout)
+            runs = await vm.save(staging / templates.RAM, staging / templates.STATE)
+        console.unlink()
     shape = _shape(vm_config)
     template = await asyncio.to_thread(templates.install, place, key, shape=shape, runs=runs)
     bounds = {"count": config.hypervisor.templates_max, "size_bytes": config.hypervisor.templates_size}

@@ -11,7 +11,8 @@ import pytest
 
 from katapy import assets
 from katapy.assets import KernelKind
-from katapy.cli.image import _age, image
+from katapy.cli.image import image
+from katapy.cli.table import age
 from katapy.errors import NotFound
 
 
@@ -103,4 +104,4 @@ def test_root_only(data: Path, monkeypatch: pytest.MonkeyPatch, command: list[st
 )
 def test_age(monkeypatch: pytest.MonkeyPatch, seconds: int, text: str) -> None:
     monkeypatch.setattr("time.time", lambda: 1000.0 + seconds)
-    assert _age(1000.0) == text
+    assert age(1000.0) == text

@@ -14,9 +14,9 @@ from katapy.devices import Device, Disk, KernelVsock, SharedDir, UserVsock
 from katapy.errors import InvalidArgument
 from katapy.hypervisor import VmConfig
 from katapy.hypervisor.accel import Acceleration, Kind
-from katapy.hypervisor.cmdline import Descriptors, build_argv, kernel_command_line
+from katapy.hypervisor.cmdline import Descriptors, build_argv, kernel_command_line, pluggable
 
-FDS = Descriptors(qmp=10, console=11, ready=12, kernel=13, initramfs=14, disks=(15,))
+FDS = Descriptors(qmp=10, console=11, ready=12, ram=9, kernel=13, initramfs=14, disks=(15,))
 DISK = Disk(Path("/var/lib/katapy/image/root.erofs"), "root")
 BASE = VmConfig(
     qemu=Path("/usr/bin/qemu-system-x86_64"),
@@ -43,7 +43,7 @@ GOLDEN = r"""/usr/bin/qemu-system-x86_64
 -cpu max,-erms,-fsrm,-smap
 -smp 2
 -m 268435456B
--object {"qom-type":"memory-backend-memfd","id":"ram","size":268435456,"share":true}
+-object {"qom-type":"memory-backend-file","id":"ram","size":268435456,"share":true,"mem-path":"/proc/self/fd/9"}
 -bios qboot.rom
 -kernel /proc/self/fd/13
 -initrd /proc/self/fd/14
@@ -54,13 +54,15 @@ GOLDEN = r"""/usr/bin/qemu-system-x86_64
 -serial chardev:ready
 -chardev socket,id=qmp,fd=10
 -mon chardev=qmp,mode=control
+-device {"driver":"pcie-root-port","id":"port0","chassis":1}
+-device {"driver":"pcie-root-port","id":"port1","chassis":2}
 -add-fd fd=15,set=15
 -blockdev {"driver":"raw","node-name":"disk0","read-only":true,"file":{"driver":"file","filename":"/dev/fdset/15"}}
--device {"driver":"virtio-blk-pci","id":"disk0-dev","drive":"disk0","serial":"root","disable-legacy":"on"}
--chardev socket,id=vsock1,fd=20
--device {"driver":"vhost-user-vsock-pci","id":"vsock1-dev","chardev":"vsock1","disable-legacy":"on"}
--chardev socket,id=fs2,fd=21
--device {"driver":"vhost-user-fs-pci","id":"fs2-dev","chardev":"fs2","tag":"katapy","queue-size":1024}
+-device {"driver":"virtio-blk-pci","id":"disk0-dev","disable-legacy":"on","drive":"disk0","serial":"root"}
+-chardev socket,id=backend20,fd=20
+-chardev socket,id=backend21,fd=21
+-device {"driver":"vhost-user-vsock-pci","id":"port0-dev","disable-legacy":"on","chardev":"backend20","bus":"port0"}
+-device {"driver":"vhost-user-fs-pci","id":"port1-dev","chardev":"backend21","tag":"katapy","queue-size":1024,"bus":"port1"}
 """  # noqa: E501
 
 
@@ -77,6 +79,19 @@ def options(argv: list[str]) -> list[str]:
 
 def test_golden() -> None:
     assert options(build_argv(BASE, FDS, name="web")) == GOLDEN.splitlines()
+
+
+def test_a_restored_vm_is_the_same_but_for_what_is_plugged_in() -> None:
+    """Else QEMU refuses the state of the devices, or takes it for another device's."""
+    restored = options(build_argv(BASE, FDS, name="web", restored=True))
+    assert restored == [*GOLDEN.splitlines()[:-2], "-incoming defer"]
+    plugged = [f"-device {json.dumps(device, separators=(',', ':'))}" for device in pluggable(BASE.devices)]
+    assert plugged == GOLDEN.splitlines()[-2:]
+
+
+def test_what_is_plugged_in_has_places_for_so_many() -> None:
+    with pytest.raises(InvalidArgument, match="3 devices: 2 are possible"):
+        pluggable((UserVsock(20), UserVsock(21), UserVsock(22)))
 
 
 def test_kvm_uses_the_hosts_cpu() -> None:
@@ -170,8 +185,9 @@ def test_no_tag_or_serial_adds_a_property(text: str) -> None:
             continue
         plain: Device = SharedDir("x", 21) if key == "tag" else Disk(Path("/a"), "x")
         usual = build_argv(replace(BASE, devices=(plain,)), FDS, name="web")
-        assert argv[:-1] == usual[:-1]
-        assert json.loads(argv[-1]) == json.loads(usual[-1]) | {key: text}
+        changed = [(one, other) for one, other in zip(argv, usual, strict=True) if one != other]
+        assert [json.loads(one) for one, _ in changed] == [json.loads(other) | {key: text} for _, other in changed]
+        assert len(changed) == (text != "x")
 
 
 @given(text=hostile)

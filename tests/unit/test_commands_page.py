@@ -41,6 +41,6 @@ def test_every_global_option_is_documented() -> None:
 
 def test_no_verb_is_invented() -> None:
     known = {name for name, _ in _commands(cli, "katapy")}
-    shown = re.findall(r"^katapy ((?:image )?[a-z]+)", PAGE, re.MULTILINE)
+    shown = re.findall(r"^katapy ((?:(?:image|template) )?[a-z]+)", PAGE, re.MULTILINE)
     assert shown
     assert {f"katapy {verb}" for verb in shown} <= known

@@ -73,6 +73,9 @@ def test_every_key_is_taken() -> None:
         kernel = "6.1.0-13-cloud-amd64"
         image = "1f2e"
         kernel_params = ["quiet", "a.b=c"]
+        template = false
+        templates_max = 3
+        templates_size = "1G"
         vsock = "user"
         [storage]
         virtiofsd = "/v"
@@ -91,6 +94,9 @@ def test_every_key_is_taken() -> None:
         "kernel": "6.1.0-13-cloud-amd64",
         "image": "1f2e",
         "kernel_params": ("quiet", "a.b=c"),
+        "template": False,
+        "templates_max": 3,
+        "templates_size": 1 << 30,
         "vsock": "user",
     }
     assert values["storage"] == {"virtiofsd": Path("/v")}
