@@ -141,7 +141,8 @@ class QemuVm:
         if ending not in done:
             raise Timeout(f"QEMU of {self.name} did not end {command} within {_COMMAND_DEADLINE:g} s")
         if (status := ending.result()) != "completed":
-            raise Unavailable(f"QEMU of {self.name}: {command} has {status}")
+            # A QEMU that waits for a state ends when it gets none that it understands.
+            raise await self._death(command, cause=Unavailable(f"QEMU of {self.name}: {command} {status}"))
 
     async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> None:
         assert self._qmp is not None
@@ -185,7 +186,8 @@ class QemuVm:
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         reason = self._qmp.shutdown_reason() if self._qmp is not None else None
         said = f" ({reason})" if reason is not None else ""
-        complaint = self._stderr.tail(1)
+        # What was wrong, and, of a state that it could not read, what that led to.
+        complaint = "; ".join(self._stderr.tail(2).splitlines())
         text = f"VM {self.name} failed during {stage}: QEMU {how}{said}" + (f": {complaint}" if complaint else "")
         return Unavailable(self._with_console(text))
 

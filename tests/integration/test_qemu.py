@@ -7,6 +7,7 @@ import os
 import secrets
 import select
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -23,7 +24,8 @@ from katapy.devices import Disk, SharedDir
 from katapy.errors import InvalidArgument, KatapyError, NotFound, Timeout, Unavailable
 from katapy.hypervisor import VmConfig
 from katapy.hypervisor.accel import Acceleration, Kind, measure
-from katapy.hypervisor.qemu import start_vm
+from katapy.hypervisor.qemu import QemuVm, start_vm
+from katapy.hypervisor.snapshot import Snapshot
 
 pytestmark = pytest.mark.root
 
@@ -286,3 +288,58 @@ async def test_a_probe_that_answers() -> None:
     assert await measure(["/usr/bin/printf", "0.25"], 10) == pytest.approx(0.25)
     with pytest.raises(Unavailable, match="busy"):
         await measure(["/usr/bin/printf", "error: device busy"], 10)
+
+
+async def save(config: VmConfig, directory: Path) -> Snapshot:
+    async with start_vm(config, name="web", console_path=directory / "console.log") as vm:
+        await vm.wait_ready(BOOT_TIMEOUT)
+        runs = await vm.save(directory / "ram", directory / "state")
+    return Snapshot(directory / "ram", runs, directory / "state")
+
+
+async def printed(vm: QemuVm) -> str:
+    """Return the last line of the console when there is one."""
+    async with asyncio.timeout(BOOT_TIMEOUT):
+        while not (line := vm.console.tail(1)):
+            await asyncio.sleep(0)
+    return line
+
+
+async def test_a_saved_vm_goes_on_where_it_was(config: VmConfig, tmp_path: Path) -> None:
+    """As often as is wanted, each time with a console of its own, and from files that only root may read."""
+    ready = tiny_guest.write(tiny_guest.READY, b"ready\r\n")
+    code = ready + tiny_guest.forever(tiny_guest.write(tiny_guest.CONSOLE, b"t"))
+    saved = replace(config, kernel=boots(tmp_path, code))
+    snapshot = await save(saved, tmp_path)
+    # The firmware, the guest and what it has of tables: no more.
+    assert 0 < snapshot.ram.stat().st_size < 1 << 20
+    assert stat.S_IMODE(snapshot.state.stat().st_mode) == 0o600
+    for name in ("one", "two"):
+        path = tmp_path / name
+        async with start_vm(saved, name=name, console_path=path, snapshot=snapshot) as vm:
+            assert (await printed(vm)).startswith("t")
+
+
+async def test_a_vm_is_restored_as_what_it_was(config: VmConfig, tmp_path: Path) -> None:
+    """With another size of memory QEMU refuses the state, and says why."""
+    snapshot = await save(config, tmp_path)
+    larger = replace(config, memory_bytes=128 << 20)
+    with pytest.raises(Unavailable, match=r"VM web failed during migrate-incoming: QEMU ended with status 1: .*ram.*; .*load"):
+        async with start_vm(larger, name="web", console_path=tmp_path / "console.log", snapshot=snapshot):
+            pass
+
+
+async def test_a_state_that_makes_no_sense_is_refused(config: VmConfig, tmp_path: Path) -> None:
+    snapshot = await save(config, tmp_path)
+    snapshot.state.write_bytes(b"nonsense" * 100)
+    with pytest.raises(Unavailable, match="VM web failed during migrate-incoming: QEMU ended with status 1"):
+        async with start_vm(config, name="web", console_path=tmp_path / "console.log", snapshot=snapshot):
+            pass
+
+
+async def test_a_missing_state_is_named(config: VmConfig, tmp_path: Path) -> None:
+    snapshot = await save(config, tmp_path)
+    snapshot.state.unlink()
+    with pytest.raises(NotFound, match="cannot open template"):
+        async with start_vm(config, name="web", console_path=tmp_path / "console.log", snapshot=snapshot):
+            pass
