@@ -66,9 +66,8 @@ def _serve(launcher: Launcher) -> None:
 
     gc.freeze()
     gc.enable()
-    path = str(storage.RUN / "agent.sock")
     warm = _WARM in Path("/proc/cmdline").read_text().split()
-    asyncio.run(serve(launcher=launcher, control=control, stdio=stdio, path=path, ready=_say_ready, warm=warm))
+    asyncio.run(serve(launcher=launcher, control=control, stdio=stdio, ready=_say_ready, warm=warm))
 
 
 def _say_ready() -> None:

@@ -1,26 +1,19 @@
 """The gRPC service of agent.proto: turns messages into calls of the sandbox and errors into statuses, and no more.
 
-The handlers are made from the descriptor of the service, so that every method of agent.proto must have its namesake
-here, or the agent does not start.
+Every method of agent.proto must have its namesake here, or the agent does not start.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import re
 import socket
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, NoReturn
 
-import grpc
-import grpc.aio
-from google.protobuf.descriptor import MethodDescriptor
-from google.protobuf.message_factory import GetMessageClass
-
 from katapy_agent import agent_pb2 as pb
-from katapy_agent import config, machine, relay, sandbox
+from katapy_agent import config, machine, sandbox
 from katapy_agent.container import Container, Services
 from katapy_agent.errors import InvalidArgument, KatapyError, Unavailable, rpc_code
 from katapy_agent.events import Event, Events, Exit, SubscriberTooSlow
@@ -29,22 +22,12 @@ from katapy_agent.launcher import Launcher
 from katapy_agent.oom import FileWatch
 from katapy_agent.process import Process
 from katapy_agent.reaper import Reaper
+from katapy_agent.rpc import Server, Status
 from katapy_agent.stdio import Streams
 
-_MESSAGE_MAX: Final = 4 << 20
-_METADATA_MAX: Final = 16 << 10
-_STREAMS_MAX: Final = 1024
 _DETAILS_MAX: Final = 2048
-_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", _MESSAGE_MAX),
-    ("grpc.max_metadata_size", _METADATA_MAX),
-    ("grpc.absolute_max_metadata_size", _METADATA_MAX),
-    ("grpc.max_concurrent_streams", _STREAMS_MAX),
-)
-_STATUS: Final = {code.value[0]: code for code in grpc.StatusCode}
+_RESOURCE_EXHAUSTED: Final = 8
 _EMPTY: Final = pb.Empty()
-
-_Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AgentService:
@@ -155,86 +138,42 @@ async def serve(
     launcher: Launcher,
     control: socket.socket,
     stdio: socket.socket,
-    path: str,
     ready: Callable[[], object],
     warm: bool = False,
 ) -> NoReturn:
     """Serve the host until something that the agent cannot do without fails, which is raised.
 
-    ``control`` and ``stdio`` are the listeners for gRPC and for streams, ``path`` is where the gRPC server's own unix
-    socket goes, in a directory that only root may enter. ``ready`` is called when the host may call; with ``warm``,
-    when all that a container's start does has been done once.
+    ``control`` and ``stdio`` are the listeners for gRPC and for streams. ``ready`` is called when the host may call;
+    with ``warm``, when all that a container's start does has been done once.
     """
     reaper, exchange, events = Reaper(), Exchange(), Events()
     services = Services(launcher, reaper, exchange, events, FileWatch())
-    server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=_STREAMS_MAX)
-    server.add_generic_rpc_handlers((_handlers(AgentService(sandbox.Sandbox(services), events)),))
-    server.add_insecure_port(f"unix:{path}")
-    await server.start()
+    service = AgentService(sandbox.Sandbox(services), events)
+    server = Server(pb.DESCRIPTOR.services_by_name["Agent"], service, status_of)
     launcher_ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     reaper.watch(launcher.pid, launcher_ended.set_result)
     reaper.start()
     async with asyncio.TaskGroup() as parts:
-        parts.create_task(relay.serve(control, path), name="relay")
+        parts.create_task(server.serve(control), name="rpc")
         parts.create_task(exchange.serve(stdio), name="stdio")
         if warm:
             from katapy_agent.warmup import warm_up
 
-            await warm_up(path, exchange)
+            await warm_up(server, exchange)
         ready()
         status = await launcher_ended
         raise Unavailable(f"launcher ended with status {status}")
 
 
-def _handlers(service: AgentService) -> grpc.GenericRpcHandler:
-    descriptor = pb.DESCRIPTOR.services_by_name["Agent"]
-    methods = {method.name: _handler(method, getattr(service, _snake(method.name))) for method in descriptor.methods}
-    return grpc.method_handlers_generic_handler(descriptor.full_name, methods)
-
-
-def _handler(method: MethodDescriptor, call: Any) -> grpc.RpcMethodHandler[Any, Any]:
-    decode = GetMessageClass(method.input_type).FromString
-    encode = GetMessageClass(method.output_type).SerializeToString
-    if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(_streaming(call), decode, encode)
-    return grpc.unary_unary_rpc_method_handler(_unary(call), decode, encode)
-
-
-def _unary(call: Callable[[Any], Awaitable[Any]]) -> Any:
-    async def handle(request: Any, context: _Context) -> Any:
-        try:
-            return await call(request)
-        except Exception as error:
-            await _abort(context, error)
-
-    return handle
-
-
-def _streaming(call: Callable[[Any], AsyncIterator[Any]]) -> Any:
-    async def handle(request: Any, context: _Context) -> AsyncIterator[Any]:
-        try:
-            async for answer in call(request):
-                yield answer
-        except Exception as error:
-            await _abort(context, error)
-
-    return handle
-
-
-async def _abort(context: _Context, error: Exception) -> NoReturn:
-    """End a call with the status of ``error``; what is not a KatapyError is a bug, and goes to the console too."""
+def status_of(error: Exception) -> Status:
+    """Return the status with which a call fails; what is not a KatapyError is a bug, and goes to the console too."""
     if isinstance(error, SubscriberTooSlow):
-        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "events were not read in time")
+        return Status(_RESOURCE_EXHAUSTED, "events were not read in time")
     if not isinstance(error, KatapyError):
         traceback.print_exception(error)
     name = type(error).__name__ if isinstance(error, KatapyError) else "Internal"
     message = str(error) if isinstance(error, KatapyError) else f"{type(error).__name__}: {error}"
-    details = " ".join(message.split())[:_DETAILS_MAX]
-    await context.abort(_STATUS[rpc_code(error)], details, (("katapy-error", name),))
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower()
+    return Status(rpc_code(error), " ".join(message.split())[:_DETAILS_MAX], (("katapy-error", name),))
 
 
 def _streams(stdio: pb.Stdio) -> Streams:

@@ -14,15 +14,17 @@ import json
 import mmap
 import os
 import socket
+import struct
 from pathlib import Path
 from typing import Any, Final
 
-import grpc.aio
 from google.protobuf.message import Message
-from google.protobuf.message_factory import GetMessageClass
 
 from katapy_agent import agent_pb2 as pb
+from katapy_agent import hpack, http2
+from katapy_agent.errors import Internal
 from katapy_agent.exchange import Exchange
+from katapy_agent.rpc import Server
 
 _ID: Final = "warm-up"
 _DEADLINE: Final = 120.0
@@ -33,49 +35,98 @@ _MIB: Final = 1 << 20
 _MARGIN: Final = 8 * _MIB
 _FILL_MAX: Final = 512 * _MIB
 _MADV_POPULATE_WRITE: Final = 23
-_SERVICE: Final = pb.DESCRIPTOR.services_by_name["Agent"]
+_SERVICE: Final = pb.DESCRIPTOR.services_by_name["Agent"].full_name
 
 
-async def warm_up(path: str, exchange: Exchange) -> None:
-    """Run containers to their end by the agent's own calls, over its unix socket ``path``; then give back memory.
+async def warm_up(server: Server, exchange: Exchange) -> None:
+    """Run containers to their end by the agent's own calls, over a connection to ``server``; then give back memory.
 
     Raises what fails: a VM that cannot do this is no template.
     """
-    async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+    async with _Client(server) as client:
         for number in range(_ROUNDS):
-            await _run_container(channel, exchange, read_only=number % 2 == 0)
+            await _run_container(client, exchange, read_only=number % 2 == 0)
     gc.collect()
     gc.freeze()
     _clear_free_memory()
 
 
-async def _run_container(channel: grpc.aio.Channel, exchange: Exchange, *, read_only: bool) -> None:
-    await _call(channel, "CreateSandbox", pb.CreateSandboxRequest())
-    listen = channel.unary_stream(f"/{_SERVICE.full_name}/Events", _serialize, pb.Event.FromString)
-    events = listen(pb.Empty())
+async def _run_container(client: _Client, exchange: Exchange, *, read_only: bool) -> None:
+    await client.call("CreateSandbox", pb.CreateSandboxRequest())
+    events = client.begin("Events", pb.Empty())
     spec = _spec(read_only=read_only)
     async with _Streams(exchange, _ID) as streams:
         request = pb.CreateContainerRequest(container_id=_ID, spec=json.dumps(spec).encode(), stdio=streams.stdio)
-        await _call(channel, "CreateContainer", request)
-        waiting = asyncio.create_task(_call(channel, "WaitProcess", pb.WaitProcessRequest(container_id=_ID)))
-        await _call(channel, "StartContainer", pb.StartContainerRequest(container_id=_ID))
-        await waiting
-        await _call(channel, "StatsContainer", pb.StatsContainerRequest(container_id=_ID))
-        await _call(channel, "RemoveContainer", pb.RemoveContainerRequest(container_id=_ID))
+        await client.call("CreateContainer", request)
+        ending = client.begin("WaitProcess", pb.WaitProcessRequest(container_id=_ID))
+        await client.call("StartContainer", pb.StartContainerRequest(container_id=_ID))
+        await ending
+        await client.call("StatsContainer", pb.StatsContainerRequest(container_id=_ID))
+        await client.call("RemoveContainer", pb.RemoveContainerRequest(container_id=_ID))
     events.cancel()
-    await _call(channel, "DestroySandbox", pb.Empty())
+    await client.call("DestroySandbox", pb.Empty())
 
 
-async def _call(channel: grpc.aio.Channel, method: str, request: Message) -> Any:
-    answer = GetMessageClass(_SERVICE.methods_by_name[method].output_type)
-    call = channel.unary_unary(
-        f"/{_SERVICE.full_name}/{method}", request_serializer=_serialize, response_deserializer=answer.FromString
-    )
-    return await call(request, timeout=_DEADLINE)
+class _Client:
+    """The host's side of a connection, with no more than these calls need."""
 
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._calls: dict[int, asyncio.Future[None]] = {}
+        self._last = -1
 
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()
+    async def __aenter__(self) -> _Client:
+        self._socket, theirs = socket.socketpair()
+        for end in (self._socket, theirs):
+            end.setblocking(False)
+        await self._server.take(theirs)
+        self._socket.send(http2.PREFACE + http2.frame(http2.SETTINGS, 0, 0))
+        self._reading = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        self._reading.cancel()
+        await asyncio.wait([self._reading])
+        self._socket.close()
+
+    async def call(self, method: str, request: Message) -> None:
+        """Call and wait for the end. Raises Internal where that is not success."""
+        await asyncio.wait_for(self.begin(method, request), _DEADLINE)
+
+    def begin(self, method: str, request: Message) -> asyncio.Future[None]:
+        """Call, and return what tells of the end."""
+        self._last += 2
+        headers = [(b":method", b"POST"), (b":scheme", b"http"), (b":authority", b"localhost")]
+        headers += [(b":path", f"/{_SERVICE}/{method}".encode()), (b"te", b"trailers")]
+        data = request.SerializeToString()
+        self._socket.send(
+            http2.frame(http2.HEADERS, http2.END_HEADERS, self._last, hpack.encode(headers))
+            + http2.frame(http2.DATA, http2.END_STREAM, self._last, b"\0" + len(data).to_bytes(4, "big") + data)
+        )
+        ended = self._calls[self._last] = asyncio.get_running_loop().create_future()
+        return ended
+
+    async def _read(self) -> None:
+        decoder = hpack.Decoder()
+        while True:
+            high, low, kind, flags, number = struct.unpack("!HBBBI", await self._exactly(9))
+            payload = await self._exactly(high << 8 | low)
+            if kind == http2.HEADERS:
+                headers = dict(decoder.decode(payload, size_max=http2.HEADERS_MAX))
+                if flags & http2.END_STREAM and not self._calls[number].done():
+                    self._end(self._calls[number], headers)
+
+    def _end(self, call: asyncio.Future[None], headers: dict[bytes, bytes]) -> None:
+        if headers[b"grpc-status"] == b"0":
+            call.set_result(None)
+        else:
+            call.set_exception(Internal(f"warm-up: {headers.get(b'grpc-message', b'').decode()}"))
+
+    async def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            data += await asyncio.get_running_loop().sock_recv(self._socket, count - len(data))
+        return data
 
 
 class _Streams:

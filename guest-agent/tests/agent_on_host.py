@@ -55,7 +55,6 @@ def _serve(directory: Path) -> None:
             launcher=launcher,
             control=listen("control"),
             stdio=listen("stdio"),
-            path=str(storage.RUN / "agent.sock"),
             ready=lambda: os.write(1, b"ready\n"),
         )
     )

@@ -324,7 +324,9 @@ async def test_a_vm_is_restored_as_what_it_was(config: VmConfig, tmp_path: Path)
     """With another size of memory QEMU refuses the state, and says why."""
     snapshot = await save(config, tmp_path)
     larger = replace(config, memory_bytes=128 << 20)
-    with pytest.raises(Unavailable, match=r"VM web failed during migrate-incoming: QEMU ended with status 1: .*ram.*; .*load"):
+    with pytest.raises(
+        Unavailable, match=r"VM web failed during migrate-incoming: QEMU ended with status 1: .*ram.*; .*load"
+    ):
         async with start_vm(larger, name="web", console_path=tmp_path / "console.log", snapshot=snapshot):
             pass
 
