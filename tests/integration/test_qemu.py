@@ -300,7 +300,7 @@ async def save(config: VmConfig, directory: Path) -> Snapshot:
 async def printed(vm: QemuVm) -> str:
     """Return the last line of the console when there is one."""
     async with asyncio.timeout(BOOT_TIMEOUT):
-        while not (line := vm.console.tail(1)):
+        while not (line := vm.console.tail(1)):  # noqa: ASYNC110 - nothing tells of it
             await asyncio.sleep(0)
     return line
 
