@@ -82,11 +82,7 @@ def download_wheels(requirements: Path, directory: Path) -> None:
     ]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
     call([*pip, *options, *platforms, f"--target={directory}", f"--requirement={requirements}"])
-    for unused in (
-        *directory.glob("*.dist-info"),
-        *directory.glob("bin"),
-        *directory.glob("grpc/_cython/_credentials"),
-    ):
+    for unused in directory.glob("*.dist-info"):
         shutil.rmtree(unused)
 
 

@@ -174,7 +174,7 @@ async def test_an_error_says_what_it_is(lab: Lab) -> None:
 
 async def test_a_method_that_is_not_there(lab: Lab) -> None:
     async with lab.channel() as channel:
-        stub = channel.unary_unary("/katapy.agent.v1.Agent/Nonesuch", lambda _: b"", lambda data: data)
+        stub: Any = channel.unary_unary("/katapy.agent.v1.Agent/Nonesuch", lambda _: b"", lambda data: data)
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await stub(None, timeout=SECONDS)
     assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -182,7 +182,7 @@ async def test_a_method_that_is_not_there(lab: Lab) -> None:
 
 async def test_a_request_that_is_no_message(lab: Lab) -> None:
     async with lab.channel() as channel:
-        stub = channel.unary_unary("/katapy.agent.v1.Agent/CreateContainer", lambda _: b"\xff", lambda data: data)
+        stub: Any = channel.unary_unary("/katapy.agent.v1.Agent/CreateContainer", lambda _: b"\xff", lambda data: data)
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await stub(None, timeout=SECONDS)
     assert error.value.code() is grpc.StatusCode.INTERNAL
