@@ -78,7 +78,12 @@ def test_it_is_read_as_a_whole_once_in_a_boot(tmp_path: Path, monkeypatch: pytes
     """The hash of all of it takes as long as a restore does."""
     hashed: list[str] = []
     hash_file = templates._hash
-    monkeypatch.setattr(templates, "_hash", lambda path: hashed.append(path.name) or hash_file(path))
+
+    def note(path: Path) -> str:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr(templates, "_hash", note)
     install(tmp_path)
     hashed.clear()
     templates.find(tmp_path, KEY)
