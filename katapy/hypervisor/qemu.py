@@ -109,7 +109,9 @@ class QemuVm:
             await asyncio.to_thread(load_ram, self._ram, snapshot)
 
     async def restore(self, config: VmConfig, snapshot: Snapshot) -> None:
-        """Restore the devices of a VM whose memory was copied, plug in those that ``config`` has, and let it run.
+        """Go on where the VM was that ``snapshot`` is of, with the devices of ``config`` plugged in.
+
+        It had the same configuration but for these. The VM was started with both.
 
         Raises Unavailable or Timeout; NotFound where a file of the snapshot has gone.
         """
@@ -203,8 +205,7 @@ async def start_vm(
     """Start a VM and end it with the context; the guest boots already when this yields.
 
     ``name`` is the sandbox's id, ``console_path`` a file for the guest's console (at most 1 MiB) in its directory.
-    With ``snapshot``, of a VM that had the same configuration but for the devices that can be plugged in, the guest
-    goes on from there.
+    With ``snapshot`` it does not, but waits for ``restore``, with the memory that was saved.
     With KVM the caller needs a mount namespace of its own; see ``kvm_node``.
     Raises NotFound, PermissionDenied or InvalidArgument for a file of ``config`` that cannot be used, Unavailable
     with QEMU's own words when it does not start.
@@ -218,8 +219,6 @@ async def start_vm(
         with phase("greet QEMU"):
             await vm.connect_qmp(control)
         await copying
-        if snapshot is not None:
-            await vm.restore(config, snapshot)
         yield vm
 
 

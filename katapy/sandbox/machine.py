@@ -62,6 +62,7 @@ class Machine:
         self.name, self._record = name, record
         self._failed: asyncio.Future[KatapyError] = asyncio.get_running_loop().create_future()
         self._ending = False
+        self.killed = False  # one of its processes, before all of it was up
         self.processes: list[run.Process] = []
         self._outputs: dict[run.Process, GuestConsole | None] = {}
         self._parts: MachineParts | None = None
@@ -165,14 +166,18 @@ async def start_machine(
             snapshot = await templates.find_snapshot(base, config) if config.hypervisor.template else None
         machine: Machine | None = None
         if snapshot is not None:
+            machine = Machine(name, record)
             try:
-                machine = await stack.enter_async_context(
-                    _start(Machine(name, record), directory, config, base, snapshot)
-                )
+                await stack.enter_async_context(_start(machine, directory, config, base, snapshot))
             except KatapyError as error:
+                # That a part of it was killed is no fault of the template's.
+                if machine.killed:
+                    raise machine.failed_with() or error from error
                 log.warning("%s: its template is of no use, booting: %s", name, error)
+                machine = None
         if machine is None:
-            machine = await stack.enter_async_context(_start(Machine(name, record), directory, config, base, None))
+            machine = Machine(name, record)
+            await stack.enter_async_context(_start(machine, directory, config, base, None))
         yield machine
 
 
@@ -202,41 +207,56 @@ async def _base_config(config: Config, size: Size) -> VmConfig:
 async def _start(
     machine: Machine, directory: Path, config: Config, base: VmConfig, snapshot: Snapshot | None
 ) -> AsyncIterator[Machine]:
-    name = machine.name
     async with AsyncExitStack() as stack:
-        # gRPC takes long to import, and nothing needs it before the guest is up.
-        imported = asyncio.ensure_future(asyncio.to_thread(importlib.import_module, "katapy.agent.client"))
-        stack.push_async_callback(_settled, imported)
-        tree = SharedTree(directory)
-        stack.callback(tree.close)
-        with phase("start virtiofsd"):
-            daemon = await stack.enter_async_context(
-                start_virtiofsd(find_virtiofsd(config.storage.virtiofsd_paths), tree.export, directory, TAG)
-            )
-        machine._watch(daemon.process, stack, daemon.output)
-        with phase("start the vsock device"):
-            vsock = await stack.enter_async_context(start_vsock(find_kind(config.hypervisor.vsock)))
-        if vsock.process is not None:
-            machine._watch(vsock.process, stack, vsock.output)
-        vm_config = replace(base, devices=(*base.devices, vsock.device, daemon.device))
-        starting = start_vm(vm_config, name=name, console_path=directory / "console.log", snapshot=snapshot)
-        with phase("start QEMU" if snapshot is None else "restore the VM"):
-            vm = await machine.guarded(stack.enter_async_context(starting))
-        machine._watch(vm.process, stack, vm.console)
-        if snapshot is None:
-            with phase("boot the guest"):
-                await machine.guarded(vm.wait_ready(config.runtime.boot_timeout))
-        with phase("import gRPC"):
-            await imported
-        from katapy.agent import client
-        from katapy.agent.relay import start_relay
-
-        with phase("connect to the guest"):
-            guest = await machine.guarded(vsock.connect(client.PORT, timeout=config.runtime.boot_timeout))
-        address = await stack.enter_async_context(start_relay(directory, guest))
-        agent = await stack.enter_async_context(client.connect(address, deadline=config.runtime.boot_timeout))
-        size = Size(base.vcpus, base.memory_bytes)
-        machine._parts = MachineParts(base.acceleration, vm, vsock, tree, agent, size)
+        try:
+            await _bring_up(machine, stack, directory, config, base, snapshot)
+        except KatapyError:
+            # Before all others are ended.
+            machine.killed = any((process.poll() or 0) < 0 for process in machine.processes)
+            raise
         # The first to be left: from there on, an end is what was asked for.
         stack.enter_context(machine._end_quietly())
         yield machine
+
+
+async def _bring_up(
+    machine: Machine,
+    stack: AsyncExitStack,
+    directory: Path,
+    config: Config,
+    base: VmConfig,
+    snapshot: Snapshot | None,
+) -> None:
+    name, timeout = machine.name, config.runtime.boot_timeout
+    # gRPC takes long to import, and nothing needs it before the guest is up.
+    imported = asyncio.ensure_future(asyncio.to_thread(importlib.import_module, "katapy.agent.client"))
+    stack.push_async_callback(_settled, imported)
+    tree = SharedTree(directory)
+    stack.callback(tree.close)
+    # It takes longest to start, and is waited for when it is plugged in.
+    vsock = await stack.enter_async_context(start_vsock(find_kind(config.hypervisor.vsock)))
+    if vsock.process is not None:
+        machine._watch(vsock.process, stack, vsock.output)
+    program = find_virtiofsd(config.storage.virtiofsd_paths)
+    daemon = await stack.enter_async_context(start_virtiofsd(program, tree.export, directory, TAG))
+    machine._watch(daemon.process, stack, daemon.output)
+    vm_config = replace(base, devices=(*base.devices, vsock.device, daemon.device))
+    starting = start_vm(vm_config, name=name, console_path=directory / "console.log", snapshot=snapshot)
+    vm = await machine.guarded(stack.enter_async_context(starting))
+    machine._watch(vm.process, stack, vm.console)
+    if snapshot is not None:
+        await vm.restore(vm_config, snapshot)
+    else:
+        with phase("boot the guest"):
+            await machine.guarded(vm.wait_ready(timeout))
+    with phase("import gRPC"):
+        await imported
+    from katapy.agent import client
+    from katapy.agent.relay import start_relay
+
+    with phase("connect to the guest"):
+        guest = await machine.guarded(vsock.connect(client.PORT, timeout=timeout))
+    address = await stack.enter_async_context(start_relay(directory, guest))
+    agent = await stack.enter_async_context(client.connect(address, deadline=timeout))
+    size = Size(base.vcpus, base.memory_bytes)
+    machine._parts = MachineParts(base.acceleration, vm, vsock, tree, agent, size)

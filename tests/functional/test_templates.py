@@ -18,7 +18,7 @@ from katapy.config import Config
 
 MakeKatapy = Callable[..., Katapy]
 FIRST = "make the template"
-RESTORED = "restore the VM"
+RESTORED = "plug in the pod's devices"
 BOOTED = "boot the guest"
 
 

@@ -317,6 +317,7 @@ async def test_a_saved_vm_goes_on_where_it_was(config: VmConfig, tmp_path: Path)
     for name in ("one", "two"):
         path = tmp_path / name
         async with start_vm(saved, name=name, console_path=path, snapshot=snapshot) as vm:
+            await vm.restore(saved, snapshot)
             assert (await printed(vm)).startswith("t")
 
 
@@ -327,21 +328,21 @@ async def test_a_vm_is_restored_as_what_it_was(config: VmConfig, tmp_path: Path)
     with pytest.raises(
         Unavailable, match=r"VM web failed during migrate-incoming: QEMU ended with status 1: .*ram.*; .*load"
     ):
-        async with start_vm(larger, name="web", console_path=tmp_path / "console.log", snapshot=snapshot):
-            pass
+        async with start_vm(larger, name="web", console_path=tmp_path / "console.log", snapshot=snapshot) as vm:
+            await vm.restore(larger, snapshot)
 
 
 async def test_a_state_that_makes_no_sense_is_refused(config: VmConfig, tmp_path: Path) -> None:
     snapshot = await save(config, tmp_path)
     snapshot.state.write_bytes(b"nonsense" * 100)
     with pytest.raises(Unavailable, match="VM web failed during migrate-incoming: QEMU ended with status 1"):
-        async with start_vm(config, name="web", console_path=tmp_path / "console.log", snapshot=snapshot):
-            pass
+        async with start_vm(config, name="web", console_path=tmp_path / "console.log", snapshot=snapshot) as vm:
+            await vm.restore(config, snapshot)
 
 
 async def test_a_missing_state_is_named(config: VmConfig, tmp_path: Path) -> None:
     snapshot = await save(config, tmp_path)
     snapshot.state.unlink()
     with pytest.raises(NotFound, match="cannot open template"):
-        async with start_vm(config, name="web", console_path=tmp_path / "console.log", snapshot=snapshot):
-            pass
+        async with start_vm(config, name="web", console_path=tmp_path / "console.log", snapshot=snapshot) as vm:
+            await vm.restore(config, snapshot)
