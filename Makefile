@@ -61,7 +61,7 @@ soak: setup ## the long tests; as root
 lint: .venv/installed ## ruff, mypy --strict, the layers
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
-	@for code in 'katapy guest-agent/katapy_agent' images guest-kernel guest-agent/tests tests/conftest.py $(wildcard tests/*/); do \
+	@for code in 'katapy guest-agent/katapy_agent' images guest-kernel bench guest-agent/tests tests/conftest.py $(wildcard tests/*/); do \
 		$(BIN)/mypy --no-error-summary $$code || exit 1; done
 	@PYTHONPATH=guest-agent $(BIN)/lint-imports --no-logo
 
