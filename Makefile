@@ -4,6 +4,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 LIBRARY := $(DESTDIR)$(PREFIX)/lib/katapy
 DATA_DIR := /var/lib/katapy
+BENCH ?= --docs
 # Debian's own, the same as the guest's.
 PYTHON ?= /usr/bin/python3
 BIN := .venv/bin
@@ -23,7 +24,7 @@ removed := $(if $(filter-out $(RECIPE),$(file <build/image)),FORCE)
 # The example's configuration holds the host's kernel.
 rebooted := $(if $(findstring HOST_KERNEL=$(file </proc/sys/kernel/osrelease)",$(file <$(HELLO)/config.json)),,FORCE)
 
-.PHONY: run setup test unit soak lint format proto image guest-kernel install uninstall clean help FORCE
+.PHONY: run setup test unit soak bench lint format proto image guest-kernel install uninstall clean help FORCE
 .DELETE_ON_ERROR:
 
 run: setup $(HELLO)/config.json ## set up, then run examples/hello in a virtual machine
@@ -58,10 +59,14 @@ unit: .venv/installed ## the tests that need no root and no virtual machine
 soak: setup ## the long tests; as root
 	@$(BIN)/pytest -q -m soak tests
 
+bench: setup ## measure, and write docs/performance.md; BENCH='--quick --only start' and more: bench/run.py; as root
+	@scripts/setup bench-tools
+	@$(BIN)/python bench/run.py $(BENCH)
+
 lint: .venv/installed ## ruff, mypy --strict, the layers
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
-	@for code in 'katapy guest-agent/katapy_agent' images guest-kernel guest-agent/tests tests/conftest.py $(wildcard tests/*/); do \
+	@for code in 'katapy guest-agent/katapy_agent' images guest-kernel bench guest-agent/tests tests/conftest.py $(wildcard tests/*/); do \
 		$(BIN)/mypy --no-error-summary $$code || exit 1; done
 	@PYTHONPATH=guest-agent $(BIN)/lint-imports --no-logo
 
