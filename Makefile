@@ -50,7 +50,7 @@ $(HELLO)/config.json: build/packages $(wildcard /bin/busybox) $(addprefix $(HELL
 
 test: setup lint ## all tests but the long ones; as root
 	@scripts/setup test-tools
-	@for tests in tests/unit guest-agent/tests tests/integration tests/functional; do \
+	@for tests in tests/unit guest-agent/tests tests/integration tests/functional 'tests/functional --starts cold'; do \
 		echo "$$tests:"; $(BIN)/pytest -q -m 'not soak' $$tests || exit 1; done
 
 unit: .venv/installed ## the tests that need no root and no virtual machine

@@ -26,11 +26,46 @@ _GONE_WITHIN = 10.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+_COLD = "[hypervisor]\ntemplate = false\n"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    how = "restored from templates (warm), or booted each time (cold)"
+    parser.addoption("--starts", choices=["warm", "cold"], default="warm", help=f"VMs are {how}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    cold = config.getoption("--starts") == "cold"
+    chosen, left_out = [], []
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.vm)
             item.add_marker(pytest.mark.root)
+            # Those of templates say for themselves how their VMs start.
+            (left_out if cold and item.path.name == "test_templates.py" else chosen).append(item)
+        else:
+            chosen.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = chosen
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _starts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have every command line that is run start VMs as the tests were asked to."""
+    if request.config.getoption("--starts") == "warm":
+        yield
+        return
+    named = os.environ.get("KATAPY_CONFIG")
+    text = Path(named).read_text() if named else ""
+    own = tmp_path_factory.mktemp("config") / "katapy.toml"
+    own.write_text(text.replace("[hypervisor]\n", _COLD) if "[hypervisor]\n" in text else text + _COLD)
+    # Some tests are another user's.
+    for path in (own, *list(own.parents)[:3]):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KATAPY_CONFIG", str(own))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
