@@ -13,13 +13,15 @@ def skip_python_messages() -> None:
     sys.modules.setdefault(unused, ModuleType(unused))
 
 
-def skip_ssl() -> None:
-    """Import asyncio, and let others be imported later, without ssl: no connection of katapy's is encrypted.
+def skip_openssl() -> None:
+    """Import asyncio, and let others be imported later, without OpenSSL, whose library alone takes 3 MiB.
 
-    asyncio does without it; qemu.qmp wants the name of one class. Call before anything imports either.
+    No connection of katapy's is encrypted: asyncio does without ssl, and qemu.qmp wants the name of one class. Python
+    has hashes of its own. Call before anything imports asyncio, hashlib or qemu.qmp.
     """
     if "ssl" not in sys.modules:
         sys.modules["ssl"] = None  # type: ignore[assignment]
+        sys.modules.setdefault("_hashlib", None)  # type: ignore[arg-type]
         importlib.import_module("asyncio")
         stub = sys.modules["ssl"] = ModuleType("ssl")
         stub.SSLContext = type("SSLContext", (), {})  # type: ignore[attr-defined]

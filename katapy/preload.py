@@ -21,7 +21,7 @@ from katapy.run import ENVIRONMENT
 CONTROL_FD: Final = 3
 MESSAGE_MAX: Final = 65536
 _PROGRAM: Final = (
-    "import os; from katapy import lean; lean.skip_python_messages(); lean.skip_ssl()\n"
+    "import os; from katapy import lean; lean.skip_python_messages(); lean.skip_openssl()\n"
     # Without a farewell: what is to be undone is undone, and whoever ends a container waits for the end of its shim.
     "from katapy.shim.__main__ import main; os._exit(main())"
 )

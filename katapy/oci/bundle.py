@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from katapy.errors import InvalidArgument, NotFound, Unsupported
 from katapy.jsonfile import printable, read
@@ -19,8 +18,7 @@ from katapy.tree import mounts_below
 CONFIG: Final = "config.json"
 
 
-@dataclass(frozen=True)
-class Bundle:
+class Bundle(NamedTuple):
     """``path`` is the bundle's directory and ``rootfs`` its root file system, both absolute without symbolic links."""
 
     path: str

@@ -6,8 +6,7 @@ It says which programs run at which point of a container's life. Running those o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from katapy.oci.node import Node, absolute_path, integer, matching, text
 
@@ -15,8 +14,7 @@ _ENTRY: Final = matching("[^=\0]+=[^\0]*", "an environment variable (NAME=VALUE)
 _TIMEOUT: Final = integer(1, 86_400)
 
 
-@dataclass(frozen=True)
-class Hook:
+class Hook(NamedTuple):
     """One program: ``args`` with its argv[0], ``env`` of None is the runtime's own, ``timeout`` in seconds."""
 
     path: str
@@ -25,8 +23,7 @@ class Hook:
     timeout: int | None
 
 
-@dataclass(frozen=True)
-class Hooks:
+class Hooks(NamedTuple):
     """The hooks by the point at which they run, in order."""
 
     prestart: tuple[Hook, ...] = ()

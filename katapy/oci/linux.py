@@ -8,8 +8,7 @@ read as None.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from katapy.errors import Unsupported
 from katapy.jsonfile import shown
@@ -38,16 +37,14 @@ _PROPAGATIONS: Final = ("", *(r + kind for r in ("", "r") for kind in ("private"
 _DEVICE_MAX: Final = (1 << 31) - 1
 
 
-@dataclass(frozen=True)
-class Namespace:
+class Namespace(NamedTuple):
     """A namespace: a new one, or with ``path`` the one that is there on the host."""
 
     type: str
     path: str = ""
 
 
-@dataclass(frozen=True)
-class IdMapping:
+class IdMapping(NamedTuple):
     """``size`` ids, from ``container_id`` in the container on, are ``host_id`` and following outside."""
 
     container_id: int
@@ -55,16 +52,14 @@ class IdMapping:
     size: int
 
 
-@dataclass(frozen=True)
-class TimeOffset:
+class TimeOffset(NamedTuple):
     """Offset of a clock in a time namespace."""
 
     seconds: int
     nanoseconds: int
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """A device node to create; ``type`` is c, b, u or p."""
 
     path: str
@@ -76,8 +71,7 @@ class Device:
     gid: int | None
 
 
-@dataclass(frozen=True)
-class DeviceRule:
+class DeviceRule(NamedTuple):
     """A rule of the device controller; a number of None is every one."""
 
     allow: bool
@@ -87,8 +81,7 @@ class DeviceRule:
     access: str
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Memory limits in bytes; None is no limit."""
 
     limit: int | None
@@ -102,8 +95,7 @@ class Memory:
     check_before_update: bool
 
 
-@dataclass(frozen=True)
-class Cpu:
+class Cpu(NamedTuple):
     """CPU limits; times in microseconds, None is unset."""
 
     shares: int | None
@@ -122,8 +114,7 @@ class Cpu:
         return None if self.quota is None else self.quota / (self.period or 100_000)
 
 
-@dataclass(frozen=True)
-class WeightDevice:
+class WeightDevice(NamedTuple):
     """Weight of one block device."""
 
     major: int
@@ -131,8 +122,7 @@ class WeightDevice:
     weight: int
 
 
-@dataclass(frozen=True)
-class ThrottleDevice:
+class ThrottleDevice(NamedTuple):
     """Rate of one block device, bytes or operations a second."""
 
     major: int
@@ -140,8 +130,7 @@ class ThrottleDevice:
     rate: int
 
 
-@dataclass(frozen=True)
-class BlockIo:
+class BlockIo(NamedTuple):
     """Weights and rates of block devices."""
 
     weight: int | None
@@ -152,32 +141,28 @@ class BlockIo:
     write_iops: tuple[ThrottleDevice, ...]
 
 
-@dataclass(frozen=True)
-class HugepageLimit:
+class HugepageLimit(NamedTuple):
     """Limit in bytes of one huge page size."""
 
     page_size: str
     limit: int
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """Class and priorities of the container's packets."""
 
     class_id: int | None
     priorities: tuple[tuple[str, int], ...]
 
 
-@dataclass(frozen=True)
-class Rdma:
+class Rdma(NamedTuple):
     """Limits of one RDMA device."""
 
     hca_handles: int | None
     hca_objects: int | None
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(NamedTuple):
     """Limits of the container (cgroup v1 terms, as the runtime-spec has them); an absent controller is None."""
 
     devices: tuple[DeviceRule, ...]
@@ -191,16 +176,14 @@ class Resources:
     unified: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Personality:
+class Personality(NamedTuple):
     """Execution domain of the process."""
 
     domain: str
     flags: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class IntelRdt:
+class IntelRdt(NamedTuple):
     """Cache and memory bandwidth allocation."""
 
     clos_id: str

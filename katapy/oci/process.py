@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from katapy.errors import InvalidArgument
 from katapy.jsonfile import check, dump, parse, shown
@@ -41,16 +41,14 @@ _CAPABILITY: Final = matching("CAP_[A-Z0-9_]{1,32}", "a capability (CAP_...)")
 _GROUPS: Final = array(identity, at_most=65_536)
 
 
-@dataclass(frozen=True)
-class ConsoleSize:
+class ConsoleSize(NamedTuple):
     """Size of the terminal in characters; 0 is left to the kernel."""
 
     height: int
     width: int
 
 
-@dataclass(frozen=True)
-class User:
+class User(NamedTuple):
     """Who the process runs as, in the container's user namespace; ``umask`` of None is the default."""
 
     uid: int
@@ -59,8 +57,7 @@ class User:
     additional_gids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Capabilities:
+class Capabilities(NamedTuple):
     """The five capability sets."""
 
     bounding: tuple[str, ...]
@@ -75,8 +72,7 @@ class Capabilities:
         return {*self.bounding, *self.effective, *self.inheritable, *self.permitted, *self.ambient}
 
 
-@dataclass(frozen=True)
-class Rlimit:
+class Rlimit(NamedTuple):
     """A resource limit."""
 
     type: str
@@ -84,8 +80,7 @@ class Rlimit:
     hard: int
 
 
-@dataclass(frozen=True)
-class Scheduler:
+class Scheduler(NamedTuple):
     """Scheduling policy; times in nanoseconds."""
 
     policy: str
@@ -97,8 +92,7 @@ class Scheduler:
     period: int
 
 
-@dataclass(frozen=True)
-class IoPriority:
+class IoPriority(NamedTuple):
     """I/O scheduling class and priority."""
 
     io_class: str

@@ -6,7 +6,7 @@ The filter is compiled in the guest; the host checks its form.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from katapy.oci.node import Node, absolute_path, integer, matching, one_of, required_text, text, uint64
 
@@ -29,8 +29,7 @@ class Argument:
     operator: str
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """What happens to some system calls, where all arguments match."""
 
     names: tuple[str, ...]
@@ -39,8 +38,7 @@ class Rule:
     arguments: tuple[Argument, ...]
 
 
-@dataclass(frozen=True)
-class Seccomp:
+class Seccomp(NamedTuple):
     """A seccomp filter."""
 
     default_action: str

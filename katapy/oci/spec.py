@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from katapy.errors import Internal, Unsupported
 from katapy.jsonfile import dump, parse, shown
@@ -63,16 +63,14 @@ _SEMVER: Final = matching(r"\d{1,5}\.\d{1,5}\.\d{1,5}([-+][0-9A-Za-z.+-]{1,64})?
 _HOST_NAME: Final = matching("[A-Za-z0-9._-]{0,64}", "a host name of at most 64 letters, digits, '.', '_', '-'")
 
 
-@dataclass(frozen=True)
-class Root:
+class Root(NamedTuple):
     """The root file system; ``path`` is absolute or relative to the bundle."""
 
     path: str
     read_only: bool
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """A mount of the container."""
 
     destination: str
@@ -103,8 +101,7 @@ class BindMount:
     recursive: bool
 
 
-@dataclass(frozen=True)
-class Linux:
+class Linux(NamedTuple):
     """The ``linux`` section."""
 
     namespaces: tuple[Namespace, ...]
