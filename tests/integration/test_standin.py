@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from katapy import preload
 from katapy.client import attach, launch
 from katapy.client.task import TaskClient
 from katapy.errors import AlreadyExists, NotFound, Unavailable
@@ -250,8 +251,12 @@ def test_a_stand_in_that_dies_at_once(tmp_path: Path) -> None:
 FAKE_PYTHON = """#!{python} -I
 import json, os, socket, sys
 sys.path[:0] = {path}
-arguments = dict(zip(sys.argv[3::2], sys.argv[4::2]))
-assert sys.argv[1:3] == ["-I", "-m"], sys.argv
+assert sys.argv[1:3] == ["-I", "-c"], sys.argv
+from katapy import preload
+arguments, fds = preload.await_arguments()
+for stream in (1, 2):
+    os.dup2(fds[2], stream)
+os.close(fds[2])
 """
 
 
@@ -276,7 +281,7 @@ from katapy.transport.ttrpc_server import handler_table, serve
 
 class Service:
     async def connect(self, request):
-        return pb.ConnectResponse(shim_pid=os.getpid(), task_pid=os.getsid(0), version=json.dumps(sys.argv[3:]))
+        return pb.ConnectResponse(shim_pid=os.getpid(), task_pid=os.getsid(0), version=json.dumps(arguments))
     async def shutdown(self, request):
         done.set()
         return pb.google_dot_protobuf_dot_empty__pb2.Empty()
@@ -284,8 +289,7 @@ class Service:
 async def main():
     global done
     done = asyncio.Event()
-    shim, attach = (socket.socket(fileno=int(sys.argv[sys.argv.index(name) + 1]))
-                    for name in ("--socket-fd", "--attach-fd"))
+    shim, attach = (socket.socket(fileno=fd) for fd in fds[:2])
     assert attach.type == socket.SOCK_SEQPACKET
     table = handler_table(pb.DESCRIPTOR.services_by_name["Task"], Service())
     async with serve(shim, {"containerd.task.v2.Task": table}):
@@ -299,9 +303,14 @@ asyncio.run(main())
     with client:
         serving = TaskClient(client).connect("s1")
         assert (serving.shim_pid, serving.task_pid) == (pid, pid)
-        arguments = json.loads(serving.version)
-        assert arguments[:5] == ["katapy.shim", "--directory", str(root / "s1"), "--id", "s1"]
-        assert arguments[9:] == ["--debug", "--config", "/etc/k.toml"]
+        assert json.loads(serving.version) == {
+            "root": str(root),
+            "id": "s1",
+            "config": "/etc/k.toml",
+            "debug": True,
+            "foreground": False,
+            "systemd_cgroup": False,
+        }
         with pytest.raises(AlreadyExists):
             launch.start_shim(root, "s1", debug=False, config=None)
         with launch.connect(root / "s1") as other:
@@ -321,6 +330,32 @@ def test_a_shim_that_dies_at_once_is_unavailable(tmp_path: Path, monkeypatch: py
         TaskClient(client).create("s1", "/b", timeout=None)
     os.waitpid(pid, 0)
     assert (tmp_path / "s1" / launch.LOG).read_text() == "no such configuration\n"
+
+
+def test_a_shim_that_dies_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken installation, say. Whoever asks next is told, and it leaves neither a zombie nor a socket."""
+    (tmp_path / "s1").mkdir()
+    script = tmp_path / "python"
+    script.write_text("#!/bin/false\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    preload.begin()
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(Unavailable, match="cannot start the shim: it died while it was loaded"):
+        launch.start_shim(tmp_path, "s1", debug=False, config=None)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_shim_that_nobody_needs_ends() -> None:
+    """Two of them: one whose command says so, and one whose command was killed."""
+    preload.begin()
+    preload.drop()
+    waiting = preload.take()
+    waiting.control.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(waiting.pid, 0)[1]) == 0
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 @pytest.mark.root
