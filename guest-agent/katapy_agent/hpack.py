@@ -67,6 +67,8 @@ class Decoder:
                     header = self._entry(index)
                 elif first & 0xE0 == 0x20:  # 6.3, a new size of the table
                     self._limit, position = _integer(block, position, 5)
+                    if headers:  # 4.2
+                        raise HpackError("the table changes its size in the middle of a block")
                     if self._limit > TABLE_SIZE:
                         raise HpackError("the table is larger than was agreed")
                     self._evict()

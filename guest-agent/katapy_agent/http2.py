@@ -25,7 +25,9 @@ _WITH_PRIORITY: Final = 0x20
 # Error codes, section 7.
 NO_ERROR: Final = 0x0
 _PROTOCOL_ERROR: Final = 0x1
+_INTERNAL_ERROR: Final = 0x2
 _FLOW_CONTROL_ERROR: Final = 0x3
+_STREAM_CLOSED: Final = 0x5
 _FRAME_SIZE_ERROR: Final = 0x6
 _REFUSED_STREAM: Final = 0x7
 _COMPRESSION_ERROR: Final = 0x9
@@ -44,6 +46,11 @@ _WINDOW_MAX: Final = (1 << 31) - 1
 _CREDIT: Final = 1 << 24  # octets that may be on their way to us on the whole connection
 STREAMS_MAX: Final = 1024
 HEADERS_MAX: Final = 16 << 10
+# What the frames of section 6 must be: of a size, of the connection, of a stream, and that of one that was opened.
+_SIZES: Final = {PRIORITY: 5, RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}
+_OF_CONNECTION: Final = (SETTINGS, PING, GOAWAY)
+_OF_STREAM: Final = (DATA, HEADERS, PRIORITY, RST_STREAM, CONTINUATION)
+_OF_OPENED: Final = (DATA, RST_STREAM, WINDOW_UPDATE)
 
 
 class _ConnectionError(Exception):
@@ -60,6 +67,7 @@ class Stream:
     def __init__(self, connection: Connection, number: int, window: int) -> None:
         self.headers: dict[bytes, bytes] = {}
         self.body = bytearray()
+        self.complete = False  # whether the peer has said that there is no more
         self.too_large = False
         self.begun = False  # whether the answer's headers were sent
         self.task: asyncio.Task[None] | None = None
@@ -70,16 +78,17 @@ class Stream:
     async def send(self, headers: list[Header], data: bytes = b"", trailers: list[Header] | None = None) -> None:
         """Send headers (none: they were sent before), data, and what ends the answer, as far as each is there.
 
-        Waits until the peer takes the data.
+        Waits until the peer takes the data. Headers must fit in one frame.
         """
         if headers:
             self.begun = True
             end = END_STREAM if not data and trailers is None else 0
             self._connection.write(HEADERS, END_HEADERS | end, self._number, encode(headers))
-        while data:
-            count = await self._connection.take_credit(self, len(data))
-            self._connection.write(DATA, 0, self._number, data[:count])
-            data = data[count:]
+        sent = 0
+        while sent < len(data):
+            count = await self._connection.take_credit(self, len(data) - sent)
+            self._connection.write(DATA, 0, self._number, data[sent : sent + count])
+            sent += count
         if trailers is not None:
             self._connection.write(HEADERS, END_HEADERS | END_STREAM, self._number, encode(trailers))
 
@@ -105,7 +114,7 @@ class Connection(asyncio.Protocol):
         self._ended = ended
         self._transport: asyncio.Transport | None = None
         self._input = bytearray()
-        self._greeted = False
+        self._greeted = self._settled = False  # whether the preface was read, and the settings that follow it
         self._decoder = Decoder()
         self._streams: dict[int, Stream] = {}
         self._last = 0
@@ -199,8 +208,19 @@ class Connection(asyncio.Protocol):
         del self._input[: _HEADER + length]
         if self._block is not None and (kind != CONTINUATION or number & _WINDOW_MAX != self._block[0]):
             raise _ConnectionError(_PROTOCOL_ERROR, "a header block is interrupted")
+        self._check_frame(kind, number & _WINDOW_MAX, length)
         self._take_frame(kind, flags, number & _WINDOW_MAX, payload)
         return True
+
+    def _check_frame(self, kind: int, number: int, length: int) -> None:
+        if not self._settled and kind != SETTINGS:
+            raise _ConnectionError(_PROTOCOL_ERROR, "settings must come first")
+        if length != _SIZES.get(kind, length):
+            raise _ConnectionError(_FRAME_SIZE_ERROR, f"a frame of type {kind} has {_SIZES[kind]} octets")
+        if number != 0 if kind in _OF_CONNECTION else number == 0 and kind in _OF_STREAM:
+            raise _ConnectionError(_PROTOCOL_ERROR, f"a frame of type {kind} cannot be of stream {number}")
+        if number > self._last and kind in _OF_OPENED:
+            raise _ConnectionError(_PROTOCOL_ERROR, f"stream {number} was not opened")
 
     def _take_frame(self, kind: int, flags: int, number: int, payload: bytes) -> None:
         if kind == DATA:
@@ -210,12 +230,10 @@ class Connection(asyncio.Protocol):
         elif kind == CONTINUATION:
             self._take_continuation(flags, payload)
         elif kind == SETTINGS:
-            self._take_settings(flags, number, payload)
+            self._take_settings(flags, payload)
         elif kind == WINDOW_UPDATE:
             self._take_window_update(number, payload)
         elif kind == PING:
-            if len(payload) != 8:
-                raise _ConnectionError(_FRAME_SIZE_ERROR, "a ping has 8 octets")
             if not flags & ACK:
                 self.write(PING, ACK, 0, payload)
         elif kind == RST_STREAM:
@@ -227,7 +245,9 @@ class Connection(asyncio.Protocol):
     def _take_headers(self, flags: int, number: int, payload: bytes) -> None:
         payload = _unpadded(flags, payload)
         if flags & _WITH_PRIORITY:
-            payload = payload[5:]
+            if len(payload) < _SIZES[PRIORITY]:
+                raise _ConnectionError(_FRAME_SIZE_ERROR, "a priority is incomplete")
+            payload = payload[_SIZES[PRIORITY] :]
         if number % 2 == 0:
             raise _ConnectionError(_PROTOCOL_ERROR, f"{number} is not a client's stream")
         self._block = (number, flags, bytearray(payload))
@@ -260,40 +280,46 @@ class Connection(asyncio.Protocol):
                 return
             stream = self._streams[number] = Stream(self, number, self._initial)
             stream.headers = dict(headers)
+        elif stream.complete or not first_flags & END_STREAM:
+            raise _ConnectionError(_PROTOCOL_ERROR, "trailers are not the end of a request")
         if first_flags & END_STREAM:
+            stream.complete = True
             self._begin(number, stream)
 
     def _take_data(self, flags: int, number: int, payload: bytes) -> None:
-        if number == 0 or number > self._last:
-            raise _ConnectionError(_PROTOCOL_ERROR, "data of no stream")
         # What is received is taken: of a stream there is never more than its first credit.
         self._received += len(payload)
         if self._received >= _CREDIT // 2:
             self.write(WINDOW_UPDATE, 0, 0, struct.pack("!I", self._received))
             self._received = 0
+        payload = _unpadded(flags, payload)
         stream = self._streams.get(number)
-        if stream is None or stream.task is not None:
+        if stream is None:
             return
-        stream.body += _unpadded(flags, payload)
+        if stream.complete:
+            raise _ConnectionError(_STREAM_CLOSED, "there is data after the end of a request")
+        stream.complete = bool(flags & END_STREAM)
+        if not stream.too_large:
+            stream.body += payload
         if len(stream.body) > self._body_max:
             stream.too_large = True
             stream.body.clear()
-            self._begin(number, stream)
-        elif flags & END_STREAM:
+        if stream.complete or stream.too_large:
             self._begin(number, stream)
 
-    def _take_settings(self, flags: int, number: int, payload: bytes) -> None:
-        if number or len(payload) % 6 or (flags & ACK and payload):
+    def _take_settings(self, flags: int, payload: bytes) -> None:
+        if len(payload) % 6 or (flags & ACK and payload):
             raise _ConnectionError(_FRAME_SIZE_ERROR, "settings make no sense")
+        self._settled = True
         if flags & ACK:
             return
         for setting, value in struct.iter_unpack("!HI", payload):
             if setting == _INITIAL_WINDOW_SIZE:
-                if value > _WINDOW_MAX:
-                    raise _ConnectionError(_FLOW_CONTROL_ERROR, "a window is too large")
                 for stream in self._streams.values():
                     stream.credit += value - self._initial
                 self._initial = value
+                if max([value, *(stream.credit for stream in self._streams.values())]) > _WINDOW_MAX:
+                    raise _ConnectionError(_FLOW_CONTROL_ERROR, "a window is too large")
             elif setting == _MAX_FRAME_SIZE:
                 if not FRAME_MAX <= value <= _FRAME_LIMIT:
                     raise _ConnectionError(_PROTOCOL_ERROR, "a size of frames makes no sense")
@@ -302,19 +328,16 @@ class Connection(asyncio.Protocol):
         self._more.set()
 
     def _take_window_update(self, number: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise _ConnectionError(_FRAME_SIZE_ERROR, "a window's update has 4 octets")
-        (count,) = struct.unpack("!I", payload)
-        count &= _WINDOW_MAX
+        count = int.from_bytes(payload, "big") & _WINDOW_MAX
         stream = self._streams.get(number)
         if number == 0:
             self._credit += count
-            if not count or self._credit > _WINDOW_MAX:
-                raise _ConnectionError(_FLOW_CONTROL_ERROR, "the window is too large")
+            if code := _wrong_update(count, self._credit):
+                raise _ConnectionError(code, "the window does not grow, or too much")
         elif stream is not None:
             stream.credit += count
-            if not count or stream.credit > _WINDOW_MAX:
-                self.write(RST_STREAM, 0, number, struct.pack("!I", _FLOW_CONTROL_ERROR))
+            if code := _wrong_update(count, stream.credit):
+                self.write(RST_STREAM, 0, number, struct.pack("!I", code))
                 self._forget(number)
         self._more.set()
 
@@ -323,18 +346,28 @@ class Connection(asyncio.Protocol):
             stream.task = asyncio.get_running_loop().create_task(self._run(number, stream))
 
     async def _run(self, number: int, stream: Stream) -> None:
+        code = _INTERNAL_ERROR
         try:
             await self._handle(stream)
-            if stream.too_large:
-                # The answer is complete; the rest of the request is of no use.
-                self.write(RST_STREAM, 0, number, struct.pack("!I", NO_ERROR))
+            code = NO_ERROR
         finally:
-            self._streams.pop(number, None)
+            # The peer is told of an answer that does not come, or that the rest of its request is of no use. It may
+            # have ended the stream itself.
+            wanted = self._streams.pop(number, None) is not None
+            if wanted and (code != NO_ERROR or not stream.complete):
+                self.write(RST_STREAM, 0, number, struct.pack("!I", code))
 
     def _forget(self, number: int) -> None:
         stream = self._streams.pop(number, None)
         if stream is not None and stream.task is not None:
             stream.task.cancel()
+
+
+def _wrong_update(count: int, window: int) -> int:
+    """Return the error code of a window that grew by ``count`` to ``window``, or NO_ERROR (section 6.9)."""
+    if count == 0:
+        return _PROTOCOL_ERROR
+    return _FLOW_CONTROL_ERROR if window > _WINDOW_MAX else NO_ERROR
 
 
 def _unpadded(flags: int, payload: bytes) -> bytes:

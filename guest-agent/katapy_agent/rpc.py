@@ -23,13 +23,17 @@ from katapy_agent.http2 import Connection, Stream
 
 MESSAGE_MAX: Final = 4 << 20
 _CONNECTIONS_MAX: Final = 64
+# Octets of an error's text: thrice as many when each is written as three, which must fit in one frame of headers.
+_TEXT_MAX: Final = 4096
 _PREFIX: Final = 5  # octets before a message: whether it is compressed, and its length
 _OK: Final = 0
 _UNKNOWN_METHOD: Final = 12
 _TOO_LARGE: Final = 8
 _DEADLINE_EXCEEDED: Final = 4
 _INTERNAL: Final = 13
-_ANSWER: Final[list[Header]] = [(b":status", b"200"), (b"content-type", b"application/grpc")]
+_TYPE: Final = b"application/grpc"
+_ANSWER: Final[list[Header]] = [(b":status", b"200"), (b"content-type", _TYPE)]
+_NOT_GRPC: Final[list[Header]] = [(b":status", b"415")]
 _TIMEOUT: Final = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _UNITS: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
@@ -88,6 +92,9 @@ class Server:
         self._connections -= 1
 
     async def _answer(self, stream: Stream) -> None:
+        if not stream.headers.get(b"content-type", b"").startswith(_TYPE):
+            await stream.send(_NOT_GRPC)
+            return
         method = self._methods.get(stream.headers.get(b":path", b""))
         if method is None:
             await _end(stream, Status(_UNKNOWN_METHOD, "no such method"))
@@ -102,20 +109,18 @@ class Server:
             return
         answer = self._stream if method.streaming else self._unary
         try:
-            async with asyncio.timeout(_timeout(stream.headers.get(b"grpc-timeout"))) as deadline:
+            async with asyncio.timeout(_timeout(stream.headers.get(b"grpc-timeout"))):
                 await answer(stream, method.call(request))
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise
-            await _end(stream, Status(_DEADLINE_EXCEEDED, str(error) or "the deadline is over"))
+        except TimeoutError:  # the call's own: what a method raises is a status by now
+            await _end(stream, Status(_DEADLINE_EXCEEDED, "the deadline is over"))
 
     async def _unary(self, stream: Stream, call: Awaitable[Any]) -> None:
         try:
-            answer = await call
+            answer = _framed(await call)
         except Exception as error:
             await _end(stream, self._fail(error))
             return
-        await stream.send(_ANSWER, _framed(answer), _trailers(Status(_OK)))
+        await stream.send(_ANSWER, answer, _trailers(Status(_OK)))
 
     async def _stream(self, stream: Stream, answers: AsyncGenerator[Any, None]) -> None:
         try:
@@ -144,8 +149,10 @@ def _trailers(status: Status) -> list[Header]:
 
 
 def _percent_encoded(text: str) -> bytes:
+    """Return a text as gRPC writes it in headers, cut to whole characters; a file's name in it may not be UTF-8."""
+    cut = text.encode(errors="backslashreplace")[:_TEXT_MAX].decode(errors="ignore")
     return b"".join(
-        bytes((octet,)) if 0x20 <= octet <= 0x7E and octet != 0x25 else b"%%%02X" % octet for octet in text.encode()
+        bytes((octet,)) if 0x20 <= octet <= 0x7E and octet != 0x25 else b"%%%02X" % octet for octet in cut.encode()
     )
 
 

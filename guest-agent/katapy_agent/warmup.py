@@ -98,6 +98,7 @@ class _Client:
         self._last += 2
         headers = [(b":method", b"POST"), (b":scheme", b"http"), (b":authority", b"localhost")]
         headers += [(b":path", f"/{_SERVICE}/{method}".encode()), (b"te", b"trailers")]
+        headers += [(b"content-type", b"application/grpc"), (b"grpc-timeout", b"%dS" % _DEADLINE)]
         data = request.SerializeToString()
         self._socket.send(
             http2.frame(http2.HEADERS, http2.END_HEADERS, self._last, hpack.encode(headers))

@@ -68,6 +68,7 @@ def test_the_table_forgets_what_does_not_fit() -> None:
         ("ff", "ends too early"),
         ("ffffffffffff00", "too large"),
         ("3fe21f", "larger than was agreed"),
+        ("8220", "in the middle of a block"),
         ("4101ff", None),
         ("418100", "not padded"),
         ("4184ffffffff", "its end in the middle"),
