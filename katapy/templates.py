@@ -148,6 +148,11 @@ def prepare(directory: Path, key: str) -> Path:
     return staging
 
 
+def abandon(directory: Path, key: str) -> None:
+    """Remove what was put into the prepared directory. Call with the lock of ``key``."""
+    _remove_tree(directory / f"{_STAGING}{key}")
+
+
 def install(directory: Path, key: str, *, shape: dict[str, Any], runs: tuple[Run, ...]) -> Template:
     """Give what was put into the prepared directory its place as the template ``key``. Call with its lock.
 
@@ -167,7 +172,6 @@ def install(directory: Path, key: str, *, shape: dict[str, Any], runs: tuple[Run
         staging.rename(place)
         _sync(directory)
     except OSError as error:
-        _remove_tree(staging)
         raise Unavailable(f"cannot install template {key[:12]}: {error.strerror}") from error
     template = _load(place)
     _remember(template)

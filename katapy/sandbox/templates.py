@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from katapy import templates
 from katapy.config import Config
-from katapy.errors import KatapyError, Unavailable
+from katapy.errors import KatapyError, Timeout, Unavailable
 from katapy.hypervisor import VmConfig
 from katapy.hypervisor.accel import Kind
 from katapy.hypervisor.cmdline import Descriptors, build_argv
@@ -62,7 +62,8 @@ async def find_or_make(vm_config: VmConfig, config: Config) -> templates.Templat
     place, key = directory(config), template_key(vm_config)
     template = await asyncio.to_thread(_find_intact, place, key)
     if template is None:
-        async with _locked(place, key):
+        # A maker boots a VM and writes its memory.
+        async with _locked(place, key, timeout=2 * config.runtime.boot_timeout):
             # Another pod may have made it meanwhile.
             template = await asyncio.to_thread(_find_intact, place, key)
             if template is None:
@@ -83,13 +84,17 @@ async def _make(vm_config: VmConfig, config: Config, key: str) -> templates.Temp
     place = directory(config)
     staging = await asyncio.to_thread(templates.prepare, place, key)
     console = staging / "console.log"
-    with phase("make the template"):
-        async with start_vm(vm_config, name=f"template-{key[:12]}", console_path=console) as vm:
-            await vm.wait_ready(config.runtime.boot_timeout)
-            runs = await vm.save(staging / templates.RAM, staging / templates.STATE)
-        console.unlink()
-    shape = _shape(vm_config)
-    template = await asyncio.to_thread(templates.install, place, key, shape=shape, runs=runs)
+    try:
+        with phase("make the template"):
+            async with start_vm(vm_config, name=f"template-{key[:12]}", console_path=console) as vm:
+                await vm.wait_ready(config.runtime.boot_timeout)
+                runs = await vm.save(staging / templates.RAM, staging / templates.STATE)
+            console.unlink()
+        shape = _shape(vm_config)
+        template = await asyncio.to_thread(templates.install, place, key, shape=shape, runs=runs)
+    except BaseException:
+        templates.abandon(place, key)
+        raise
     bounds = {"count": config.hypervisor.templates_max, "size_bytes": config.hypervisor.templates_size}
     for gone in await asyncio.to_thread(lambda: templates.prune(place, **bounds)):
         log.debug("template %s made room", gone[:12])
@@ -139,15 +144,15 @@ def _shape(vm_config: VmConfig) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _locked(place: Path, key: str) -> AsyncIterator[None]:
-    """Be the only one that makes the template ``key``. Raises Unavailable."""
+async def _locked(place: Path, key: str, *, timeout: float) -> AsyncIterator[None]:
+    """Be the only one that makes the template ``key``. Raises Unavailable, or Timeout after ``timeout`` seconds."""
     path = place / f"{key}.lock"
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                await _flock(fd)
+                await _flock(fd, timeout)
                 # Whoever removes a template removes its lock, which then holds nobody off.
                 if path.exists() and os.path.samestat(path.stat(), os.fstat(fd)):
                     yield
@@ -158,8 +163,8 @@ async def _locked(place: Path, key: str) -> AsyncIterator[None]:
         raise Unavailable(f"cannot make a template in {place}: {error.strerror}") from error
 
 
-async def _flock(fd: int) -> None:
-    """Wait for the lock of ``fd``, in a thread that nobody waits for: it cannot be interrupted."""
+async def _flock(fd: int, seconds: float) -> None:
+    """Wait for the lock of ``fd``, in a thread that nobody waits for: it cannot be interrupted. Raises Timeout."""
     loop = asyncio.get_running_loop()
     locked: asyncio.Future[None] = loop.create_future()
     own = os.dup(fd)
@@ -177,4 +182,8 @@ async def _flock(fd: int) -> None:
         loop.call_soon_threadsafe(tell)
 
     threading.Thread(target=wait, name="wait for a template's lock", daemon=True).start()
-    await locked
+    try:
+        async with asyncio.timeout(seconds):
+            await locked
+    except TimeoutError as error:
+        raise Timeout(f"another has been making this template for {seconds:g} s") from error

@@ -162,3 +162,9 @@ def test_what_a_killed_maker_left_is_overwritten(tmp_path: Path) -> None:
     (templates.prepare(tmp_path, KEY) / templates.RAM).write_bytes(b"half of it")
     install(tmp_path)
     assert templates.find(tmp_path, KEY) is not None
+
+
+def test_what_a_maker_gave_up_is_gone(tmp_path: Path) -> None:
+    (templates.prepare(tmp_path, KEY) / templates.RAM).write_bytes(b"half of it")
+    templates.abandon(tmp_path, KEY)
+    assert list(tmp_path.iterdir()) == []
