@@ -1,4 +1,4 @@
-"""Starts the processes of containers, cheaply: by a fork of a small process that was forked before gRPC existed.
+"""Starts the processes of containers, cheaply: by a fork of a small process that was forked before the agent grew.
 
 The agent is multi-threaded and large; the launcher process is neither, has all that a container's construction
 imports, and shares its memory with every process it forks until that executes its program. What such a fork does is

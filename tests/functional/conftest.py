@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.vm)
             item.add_marker(pytest.mark.root)
             # Those of templates say for themselves how their VMs start.
-            (left_out if cold and item.path.name == "test_templates.py" else chosen).append(item)
+            (left_out if cold and item.path.name == "test_restored.py" else chosen).append(item)
         else:
             chosen.append(item)
     if left_out:
