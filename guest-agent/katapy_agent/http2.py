@@ -1,8 +1,8 @@
 """The server's side of HTTP/2 (RFC 9113) on one connection, as far as gRPC needs it.
 
-gRPC's own library would do, and costs half a second of an emulated boot and a fifth of the guest's memory. The peer is the host,
-which is trusted; what it sends is bounded all the same. A request is handed on when it is complete. Nothing here knows
-of gRPC: what is in a request and its answer is `rpc`'s.
+gRPC's own library would do, and costs half a second of an emulated boot and a fifth of the guest's memory. The peer is
+the host, which is trusted; what it sends is bounded all the same. A request is handed on when it is complete. Nothing
+here knows of gRPC: what is in a request and its answer is `rpc`'s.
 """
 
 from __future__ import annotations
