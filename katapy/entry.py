@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 # Global options that these verbs need not look into, and the values that are fine; None is any.
@@ -18,6 +18,7 @@ _OPTIONS: Final[dict[str, tuple[str, ...] | None]] = {
     "--log": None,
     "--log-format": ("text", "json"),
     "--rootless": ("auto", "false"),
+    "--config": None,
 }
 _FLAGS: Final = ("--systemd-cgroup",)
 _STARTERS: Final = ("run", "create")
@@ -70,7 +71,7 @@ def _run(*, preloading: bool) -> None:
 
 def needs_shim(arguments: Sequence[str]) -> bool:
     """Tell whether these are likely to start a shim: to load it meanwhile is worth it then."""
-    _options, verb, rest = _split(arguments, flags=(*_FLAGS, "--debug"), options={**_OPTIONS, "--config": None})
+    _options, verb, rest = _split(arguments, flags=(*_FLAGS, "--debug"))
     return verb in _STARTERS and os.geteuid() == 0 and not _HELP.intersection(rest)
 
 
@@ -99,11 +100,9 @@ def quick_answer(arguments: Sequence[str]) -> str | None:
 
 def _split(
     arguments: Sequence[str],
-    *,
     flags: Sequence[str] = _FLAGS,
-    options: Mapping[str, tuple[str, ...] | None] = _OPTIONS,
 ) -> tuple[dict[str, str], str, tuple[str, ...]]:
-    """Return the global options, the verb and what follows it; no verb where an option is not among those given."""
+    """Return the global options, the verb and what follows it; no verb where an option is not known here."""
     found: dict[str, str] = {}
     left = iter(arguments)
     for argument in left:
@@ -114,7 +113,7 @@ def _split(
         name, equals, value = argument.partition("=")
         if not equals:
             value = next(left, "")
-        if name not in options or not value or value not in (options[name] or (value,)):
+        if name not in _OPTIONS or not value or value not in (_OPTIONS[name] or (value,)):
             break
         found[name] = value
     return found, "", ()
