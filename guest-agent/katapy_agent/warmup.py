@@ -28,7 +28,6 @@ from katapy_agent.rpc import Server
 
 _ID: Final = "warm-up"
 _DEADLINE: Final = 120.0
-_ROUNDS: Final = 2
 _NO_PROGRAM: Final = "/lib64/ld-linux-x86-64.so.2"  # the smallest that there is: it prints its version
 _MIB: Final = 1 << 20
 # What stays available while free memory is filled, and the most that is.
@@ -39,24 +38,22 @@ _SERVICE: Final = pb.DESCRIPTOR.services_by_name["Agent"].full_name
 
 
 async def warm_up(server: Server, exchange: Exchange) -> None:
-    """Run containers to their end by the agent's own calls, over a connection to ``server``; then give back memory.
+    """Run a container to its end by the agent's own calls, over a connection to ``server``; then give back memory.
 
     Raises what fails: a VM that cannot do this is no template.
     """
     async with _Client(server) as client:
-        for number in range(_ROUNDS):
-            await _run_container(client, exchange, read_only=number % 2 == 0)
+        await _run_container(client, exchange)
     gc.collect()
     gc.freeze()
     _clear_free_memory()
 
 
-async def _run_container(client: _Client, exchange: Exchange, *, read_only: bool) -> None:
+async def _run_container(client: _Client, exchange: Exchange) -> None:
     await client.call("CreateSandbox", pb.CreateSandboxRequest())
     events = client.begin("Events", pb.Empty())
-    spec = _spec(read_only=read_only)
     async with _Streams(exchange, _ID) as streams:
-        request = pb.CreateContainerRequest(container_id=_ID, spec=json.dumps(spec).encode(), stdio=streams.stdio)
+        request = pb.CreateContainerRequest(container_id=_ID, spec=json.dumps(_spec()).encode(), stdio=streams.stdio)
         await client.call("CreateContainer", request)
         ending = client.begin("WaitProcess", pb.WaitProcessRequest(container_id=_ID))
         await client.call("StartContainer", pb.StartContainerRequest(container_id=_ID))
@@ -157,7 +154,7 @@ class _Streams:
             ours.close()
 
 
-def _spec(*, read_only: bool) -> dict[str, Any]:
+def _spec() -> dict[str, Any]:
     """Return a configuration like those that engines write, with the VM's own root."""
     sets = ("bounding", "effective", "permitted")
     capabilities = ["CAP_CHOWN", "CAP_KILL", "CAP_SETGID", "CAP_SETUID", "CAP_NET_BIND_SERVICE"]
@@ -174,7 +171,7 @@ def _spec(*, read_only: bool) -> dict[str, Any]:
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
             "noNewPrivileges": True,
         },
-        "root": {"path": "/", "readonly": read_only},
+        "root": {"path": "/", "readonly": True},
         "hostname": _ID,
         "mounts": [
             _mount("/proc", "proc", ["nosuid", "noexec", "nodev"]),
