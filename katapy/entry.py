@@ -57,9 +57,14 @@ def _run(*, preloading: bool) -> None:
 
         command_line()
         return
-    from katapy import lean, preload
+    from contextlib import suppress
 
-    preload.begin()
+    from katapy import lean, preload
+    from katapy.errors import KatapyError
+
+    # Whoever needs it starts it again, and says why that cannot be.
+    with suppress(KatapyError, OSError):
+        preload.begin()
     lean.skip_python_messages()
     try:
         from katapy.cli import main as command_line

@@ -39,6 +39,7 @@ class Waiting(NamedTuple):
             try:
                 socket.send_fds(self.control, [json.dumps(arguments).encode()], list(fds))
             except OSError as error:
+                os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 raise Unavailable(f"cannot start the shim: it died while it was loaded: {error.strerror}") from error
 

@@ -78,7 +78,7 @@ def find(directory: Path, key: str) -> Template | None:
     try:
         template = _load(place)
         _check(template, thorough=False)
-        os.utime(place)
+        _mark_used(place)
     except (NotFound, FileNotFoundError):
         if place.exists():
             raise Unavailable(f"template {key[:12]} is damaged: files are missing") from None
@@ -191,6 +191,16 @@ def prune(directory: Path, *, count: int, size_bytes: int) -> list[str]:
     for key in gone:
         discard(directory, key)
     return gone
+
+
+def _mark_used(place: Path) -> None:
+    try:
+        os.utime(place)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        # On a file system that is read-only none makes room for another either.
+        return
 
 
 def _places(directory: Path) -> list[Path]:

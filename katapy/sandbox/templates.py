@@ -51,7 +51,7 @@ async def find_snapshot(vm_config: VmConfig, config: Config) -> Snapshot | None:
     try:
         template = await find_or_make(vm_config, config)
         return Snapshot(template.directory / templates.RAM, template.runs(), template.directory / templates.STATE)
-    except KatapyError as error:
+    except (KatapyError, OSError) as error:
         log.warning("no template can be had, booting: %s", error)
         return None
 

@@ -405,3 +405,24 @@ def test_an_idle_stand_in_sleeps() -> None:
         select.select([], [], [], 0.3)
         assert switches() == before
         assert standin.exit(0) == 0
+
+
+def test_a_shim_that_cannot_be_begun_is_no_traceback(tmp_path: Path) -> None:
+    """It is begun before the command line is read, where nobody prints an error."""
+    code = (
+        "import sys; from katapy import entry, preload\n"
+        "def refuse(): raise OSError(11, 'Resource temporarily unavailable')\n"
+        "preload._start = refuse; sys.argv = ['katapy', 'run', '--nonsense']; entry.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert "No such option" in done.stderr
+
+
+def test_a_message_that_a_shim_cannot_take_ends_it(tmp_path: Path) -> None:
+    """It was waited for while it waited for its message: for ever."""
+    waiting = preload.take()
+    with pytest.raises(Unavailable, match="cannot start the shim"):
+        waiting.give({"root": "x" * (8 << 20)}, [])
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

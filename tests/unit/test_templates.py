@@ -168,3 +168,16 @@ def test_what_a_maker_gave_up_is_gone(tmp_path: Path) -> None:
     (templates.prepare(tmp_path, KEY) / templates.RAM).write_bytes(b"half of it")
     templates.abandon(tmp_path, KEY)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_on_a_read_only_file_system_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That its use could not be noted made the start of a pod fail."""
+    install(tmp_path)
+
+    def refuse(*_arguments: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    found = templates.find(tmp_path, KEY)
+    assert found is not None
+    assert found.key == KEY
