@@ -31,20 +31,134 @@ class GuestDetails(_message.Message):
     def __init__(self, agent_version: _Optional[str] = ..., kernel_release: _Optional[str] = ..., kernel_version: _Optional[str] = ..., hostname: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., seccomp: _Optional[bool] = ..., cgroup_controllers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CreateSandboxRequest(_message.Message):
-    __slots__ = ("hostname", "resolv_conf", "shared_tag", "sandbox_id", "time_ns", "entropy")
+    __slots__ = ("hostname", "resolv_conf", "shared_tag", "sandbox_id", "time_ns", "entropy", "interfaces", "routes", "neighbors")
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
     RESOLV_CONF_FIELD_NUMBER: _ClassVar[int]
     SHARED_TAG_FIELD_NUMBER: _ClassVar[int]
     SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
     TIME_NS_FIELD_NUMBER: _ClassVar[int]
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
+    INTERFACES_FIELD_NUMBER: _ClassVar[int]
+    ROUTES_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBORS_FIELD_NUMBER: _ClassVar[int]
     hostname: str
     resolv_conf: str
     shared_tag: str
     sandbox_id: str
     time_ns: int
     entropy: bytes
-    def __init__(self, hostname: _Optional[str] = ..., resolv_conf: _Optional[str] = ..., shared_tag: _Optional[str] = ..., sandbox_id: _Optional[str] = ..., time_ns: _Optional[int] = ..., entropy: _Optional[bytes] = ...) -> None: ...
+    interfaces: _containers.RepeatedCompositeFieldContainer[Interface]
+    routes: _containers.RepeatedCompositeFieldContainer[Route]
+    neighbors: _containers.RepeatedCompositeFieldContainer[Neighbor]
+    def __init__(self, hostname: _Optional[str] = ..., resolv_conf: _Optional[str] = ..., shared_tag: _Optional[str] = ..., sandbox_id: _Optional[str] = ..., time_ns: _Optional[int] = ..., entropy: _Optional[bytes] = ..., interfaces: _Optional[_Iterable[_Union[Interface, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., neighbors: _Optional[_Iterable[_Union[Neighbor, _Mapping]]] = ...) -> None: ...
+
+class UpdateInterfaceRequest(_message.Message):
+    __slots__ = ("interface",)
+    INTERFACE_FIELD_NUMBER: _ClassVar[int]
+    interface: Interface
+    def __init__(self, interface: _Optional[_Union[Interface, _Mapping]] = ...) -> None: ...
+
+class UpdateRoutesRequest(_message.Message):
+    __slots__ = ("routes",)
+    ROUTES_FIELD_NUMBER: _ClassVar[int]
+    routes: _containers.RepeatedCompositeFieldContainer[Route]
+    def __init__(self, routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ...) -> None: ...
+
+class AddARPNeighborsRequest(_message.Message):
+    __slots__ = ("neighbors",)
+    NEIGHBORS_FIELD_NUMBER: _ClassVar[int]
+    neighbors: _containers.RepeatedCompositeFieldContainer[Neighbor]
+    def __init__(self, neighbors: _Optional[_Iterable[_Union[Neighbor, _Mapping]]] = ...) -> None: ...
+
+class Interface(_message.Message):
+    __slots__ = ("device", "name", "hardware_address", "mtu", "up", "no_arp", "disable_ipv6", "addresses")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HARDWARE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MTU_FIELD_NUMBER: _ClassVar[int]
+    UP_FIELD_NUMBER: _ClassVar[int]
+    NO_ARP_FIELD_NUMBER: _ClassVar[int]
+    DISABLE_IPV6_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    device: bytes
+    name: str
+    hardware_address: bytes
+    mtu: int
+    up: bool
+    no_arp: bool
+    disable_ipv6: bool
+    addresses: _containers.RepeatedCompositeFieldContainer[InterfaceAddress]
+    def __init__(self, device: _Optional[bytes] = ..., name: _Optional[str] = ..., hardware_address: _Optional[bytes] = ..., mtu: _Optional[int] = ..., up: _Optional[bool] = ..., no_arp: _Optional[bool] = ..., disable_ipv6: _Optional[bool] = ..., addresses: _Optional[_Iterable[_Union[InterfaceAddress, _Mapping]]] = ...) -> None: ...
+
+class InterfaceAddress(_message.Message):
+    __slots__ = ("address", "prefix_length", "peer", "broadcast", "scope", "no_prefix_route")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    BROADCAST_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    NO_PREFIX_ROUTE_FIELD_NUMBER: _ClassVar[int]
+    address: bytes
+    prefix_length: int
+    peer: bytes
+    broadcast: bytes
+    scope: int
+    no_prefix_route: bool
+    def __init__(self, address: _Optional[bytes] = ..., prefix_length: _Optional[int] = ..., peer: _Optional[bytes] = ..., broadcast: _Optional[bytes] = ..., scope: _Optional[int] = ..., no_prefix_route: _Optional[bool] = ...) -> None: ...
+
+class Route(_message.Message):
+    __slots__ = ("family", "destination", "prefix_length", "interface", "gateway", "preferred_source", "metric", "scope", "table", "type", "protocol", "on_link", "mtu", "next_hops")
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    DESTINATION_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    INTERFACE_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    PREFERRED_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    ON_LINK_FIELD_NUMBER: _ClassVar[int]
+    MTU_FIELD_NUMBER: _ClassVar[int]
+    NEXT_HOPS_FIELD_NUMBER: _ClassVar[int]
+    family: int
+    destination: bytes
+    prefix_length: int
+    interface: str
+    gateway: bytes
+    preferred_source: bytes
+    metric: int
+    scope: int
+    table: int
+    type: int
+    protocol: int
+    on_link: bool
+    mtu: int
+    next_hops: _containers.RepeatedCompositeFieldContainer[NextHop]
+    def __init__(self, family: _Optional[int] = ..., destination: _Optional[bytes] = ..., prefix_length: _Optional[int] = ..., interface: _Optional[str] = ..., gateway: _Optional[bytes] = ..., preferred_source: _Optional[bytes] = ..., metric: _Optional[int] = ..., scope: _Optional[int] = ..., table: _Optional[int] = ..., type: _Optional[int] = ..., protocol: _Optional[int] = ..., on_link: _Optional[bool] = ..., mtu: _Optional[int] = ..., next_hops: _Optional[_Iterable[_Union[NextHop, _Mapping]]] = ...) -> None: ...
+
+class NextHop(_message.Message):
+    __slots__ = ("interface", "gateway", "weight", "on_link")
+    INTERFACE_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ON_LINK_FIELD_NUMBER: _ClassVar[int]
+    interface: str
+    gateway: bytes
+    weight: int
+    on_link: bool
+    def __init__(self, interface: _Optional[str] = ..., gateway: _Optional[bytes] = ..., weight: _Optional[int] = ..., on_link: _Optional[bool] = ...) -> None: ...
+
+class Neighbor(_message.Message):
+    __slots__ = ("interface", "address", "hardware_address")
+    INTERFACE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HARDWARE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    interface: str
+    address: bytes
+    hardware_address: bytes
+    def __init__(self, interface: _Optional[str] = ..., address: _Optional[bytes] = ..., hardware_address: _Optional[bytes] = ...) -> None: ...
 
 class Stdio(_message.Message):
     __slots__ = ("terminal", "stdin", "stdout", "stderr", "rows", "columns")
