@@ -81,6 +81,14 @@ def _size(low: int, high: int) -> Callable[[object], int]:
     return check
 
 
+def _rate(value: object) -> int:
+    match = re.fullmatch(r"([0-9]{1,12})([kMG]?)", _text(value))
+    rate = int(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[match[2]] if match else -1
+    if rate != 0 and not 1000 <= rate <= 10**12:
+        raise ValueError(f'{_value(value)} is not a rate from "1k" to "1000G"')
+    return rate
+
+
 def _seconds(value: object) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError("expected a number of seconds")
@@ -214,6 +222,35 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class Network:
+    """Section ``[network]``; rates in bits a second, 0: no limit."""
+
+    model: str = field(
+        default="tcfilter",
+        metadata=_key(
+            _choice("tcfilter", "none"),
+            "`tcfilter`: the interfaces of a pod's network namespace appear in its VM; `none`: loopback only.",
+        ),
+    )
+    spoofing: bool = field(
+        default=False,
+        metadata=_key(_flag, "Let guests send what does not bear their own addresses, as pods that route must."),
+    )
+    metadata: bool = field(
+        default=False, metadata=_key(_flag, "Let guests reach the metadata service of a cloud, 169.254.169.254.")
+    )
+    ingress_rate: int = field(
+        default=0, metadata=_key(_rate, "Bits a second that a pod may receive: `10M`; `0` is no limit.")
+    )
+    egress_rate: int = field(
+        default=0, metadata=_key(_rate, "Bits a second that a pod may send: `10M`; `0` is no limit.")
+    )
+    vhost: bool = field(
+        default=True, metadata=_key(_flag, "Move packets in the host's kernel (/dev/vhost-net), where it can.")
+    )
+
+
+@dataclass(frozen=True)
 class Runtime:
     """Section ``[runtime]``; times in seconds."""
 
@@ -226,7 +263,7 @@ class Runtime:
     )
 
 
-SECTIONS: Final = {"hypervisor": Hypervisor, "storage": Storage, "runtime": Runtime}
+SECTIONS: Final = {"hypervisor": Hypervisor, "storage": Storage, "network": Network, "runtime": Runtime}
 
 
 @dataclass(frozen=True)
@@ -235,6 +272,7 @@ class Config:
 
     hypervisor: Hypervisor = Hypervisor()
     storage: Storage = Storage()
+    network: Network = Network()
     runtime: Runtime = Runtime()
 
     @classmethod

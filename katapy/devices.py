@@ -42,4 +42,16 @@ class UserVsock:
     socket_fd: int
 
 
+@dataclass(frozen=True)
+class Nic:
+    """A network device of the guest: a descriptor for each queue of its tap.
+
+    ``device`` is its permanent hardware address; ``vhost_fds`` are of /dev/vhost-net, one for each queue or none.
+    """
+
+    device: str
+    tap_fds: tuple[int, ...]
+    vhost_fds: tuple[int, ...] = ()
+
+
 Device = SharedDir | Disk | KernelVsock | UserVsock

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -25,3 +25,16 @@ def skip_openssl() -> None:
         importlib.import_module("asyncio")
         stub = sys.modules["ssl"] = ModuleType("ssl")
         stub.SSLContext = type("SSLContext", (), {})  # type: ignore[attr-defined]
+
+
+def skip_pyroute2_package() -> None:
+    """Import single modules of pyroute2 without the package's own ``__init__``, which imports all that there are.
+
+    Call before anything imports pyroute2.
+    """
+    if "pyroute2" not in sys.modules:
+        found = importlib.util.find_spec("pyroute2")
+        if found is None or found.submodule_search_locations is None:
+            raise ModuleNotFoundError("No module named 'pyroute2'", name="pyroute2")
+        stub = sys.modules["pyroute2"] = ModuleType("pyroute2")
+        stub.__path__ = list(found.submodule_search_locations)

@@ -98,6 +98,7 @@ class State(NamedTuple):
     """What state.json holds. ``created`` is RFC 3339 in UTC, ``owner`` the uid that made the container.
 
     ``cgroup`` is what cgroups.directory.Record keeps of the one on the host.
+    ``network`` is the path of the network namespace, where it has one, that the VM is connected to.
     ``accelerator`` is what executes the VM's instructions, "kvm" or "tcg" (emulation), once it is known.
     """
 
@@ -116,6 +117,7 @@ class State(NamedTuple):
     exit_status: int | None = None
     accelerator: str = ""
     cgroup: dict[str, Any] | None = None
+    network: str = ""
 
 
 def check_id(text: str) -> str:
@@ -403,6 +405,7 @@ def _decode(data: bytes, id: str) -> State:  # noqa: A002
         helpers=_helpers(document["helpers"]),
         accelerator=_string(document, "accelerator"),
         cgroup=_cgroup(document["cgroup"]),
+        network=_string(document, "network"),
         exit_status=None if document["exit_status"] is None else _number(document, "exit_status", 255),
     )
 

@@ -18,7 +18,9 @@ import grpc.aio
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from katapy.agent.network import interface_message, neighbour_message, route_message
 from katapy.errors import KatapyError, Unavailable, from_wire
+from katapy.interfaces import Interface, Neighbour, Network, Route
 from katapy.proto import agent_pb2
 
 PORT: Final = 1024
@@ -51,17 +53,33 @@ class AgentClient:
                 response_deserializer=GetMessageClass(method.output_type).FromString,
             )
 
-    async def create_sandbox(self, sandbox_id: str, *, hostname: str, resolv_conf: str, shared_tag: str) -> None:
+    async def create_sandbox(self, sandbox_id: str, *, hostname: str, shared_tag: str, network: Network) -> None:
         """Make the VM the pod's own: randomness and the wall clock before all else, then what is named here."""
         request = agent_pb2.CreateSandboxRequest(
             sandbox_id=sandbox_id,
             hostname=hostname,
-            resolv_conf=resolv_conf,
             shared_tag=shared_tag,
             entropy=os.urandom(_ENTROPY_BYTES),
             time_ns=time.time_ns(),
+            interfaces=[interface_message(each) for each in network.interfaces],
+            routes=[route_message(each) for each in network.routes],
+            neighbors=[neighbour_message(each) for each in network.neighbours],
         )
         await self._call("CreateSandbox", request)
+
+    async def update_interface(self, interface: Interface) -> None:
+        """Make one of the guest's NICs this interface, waiting for one that was just plugged in."""
+        request = agent_pb2.UpdateInterfaceRequest(interface=interface_message(interface))
+        await self._call("UpdateInterface", request)
+
+    async def update_routes(self, routes: Sequence[Route]) -> None:
+        """Make these the guest's routes."""
+        await self._call("UpdateRoutes", agent_pb2.UpdateRoutesRequest(routes=map(route_message, routes)))
+
+    async def add_neighbours(self, neighbours: Sequence[Neighbour]) -> None:
+        """Add permanent neighbours."""
+        request = agent_pb2.AddARPNeighborsRequest(neighbors=map(neighbour_message, neighbours))
+        await self._call("AddARPNeighbors", request)
 
     async def destroy_sandbox(self, *, deadline: float) -> None:
         """End all containers and flush what they wrote. ``deadline`` in seconds."""

@@ -373,6 +373,7 @@ def finish(root: Path, container_id: str) -> None:
                 for process in state.helpers:
                     _kill(process)
                 _remove_cgroup(state)
+                _leave_network(state)
                 directory.remove()
         return
     raise Unavailable(f"cannot remove {container_id}: process {owner.pid if owner else 0} cannot be killed")
@@ -387,6 +388,16 @@ def _remove_cgroup(state: State) -> None:
             directory.remove(directory.Record.parse(state.cgroup))
         except InvalidArgument as error:
             raise Internal(f"the state of {state.id} is damaged: {error}") from error
+
+
+def _leave_network(state: State) -> None:
+    """Remove from the pod's network namespace what a shim that was killed has left there."""
+    if state.network and state.id == state.sandbox:
+        import asyncio
+
+        from katapy.network.pod import clean
+
+        asyncio.run(clean(Path(state.network)))
 
 
 def _remove_damaged(root: Path, container_id: str) -> None:

@@ -6,11 +6,12 @@ Owns QEMU, its command line, its control socket and the guest's console. What th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from katapy.devices import Device, Disk
+from katapy.devices import Device, Disk, Nic
 from katapy.hypervisor.accel import Acceleration
 from katapy.run import Process
 
@@ -58,6 +59,12 @@ class Vm(Protocol):
 
     async def wait_ready(self, timeout: float) -> None:
         """Wait until the guest says that it serves; raises Timeout after ``timeout`` s, Unavailable if it dies."""
+
+    async def plug(self, nics: Sequence[Nic]) -> None:
+        """Plug in NICs; their descriptors stay the caller's. Raises Unavailable, Timeout, InvalidArgument."""
+
+    async def unplug(self, device: str) -> None:
+        """Take out the NIC with this permanent hardware address. Raises Timeout, Unavailable."""
 
     async def stop(self) -> None:
         """End the machine; returns at once if it has ended."""

@@ -7,11 +7,11 @@ so that no text can add an option, a property or a second kernel parameter.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from katapy.devices import Device, Disk, KernelVsock, SharedDir, UserVsock
+from katapy.devices import Device, Disk, KernelVsock, Nic, SharedDir, UserVsock
 from katapy.errors import InvalidArgument
 from katapy.hypervisor import VmConfig
 from katapy.hypervisor.accel import Acceleration, Kind
@@ -52,6 +52,8 @@ VCPUS_MAX: Final = 255  # more would need an IOMMU with interrupt remapping
 _MIB: Final = 1 << 20
 _VIRTIO_FS_QUEUE: Final = 1024
 _PORTS: Final = ("port0", "port1")
+NIC_PORTS: Final = tuple(f"nic{number}" for number in range(8))
+"""What NICs are plugged into, one each."""
 # A guest then needs neither the legacy driver nor I/O ports.
 _MODERN: Final = {"disable-legacy": "on"}
 
@@ -114,6 +116,35 @@ def pluggable(devices: tuple[Device, ...]) -> list[dict[str, object]]:
     return [{**_plug(device, port), "bus": port} for device, port in zip(own, _PORTS, strict=False)]
 
 
+def nic_options(
+    nic: Nic, port: str, taps: Sequence[str], vhosts: Sequence[str]
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Return how a NIC is plugged into one of NIC_PORTS: what QMP's netdev_add takes, and device_add after it.
+
+    ``taps`` and ``vhosts`` are the names under which QEMU knows its descriptors.
+    """
+    backend: dict[str, object] = {"type": "tap", "id": port_backend(port), "fds": ":".join(taps)}
+    if vhosts:
+        backend |= {"vhost": True, "vhostfds": ":".join(vhosts)}
+    # Without its ROM, which would be for booting from a network.
+    device: dict[str, object] = {"driver": "virtio-net-pci", "id": port_device(port), "bus": port, **_MODERN}
+    device |= {"netdev": port_backend(port), "mac": nic.device, "romfile": ""}
+    if len(taps) > 1:
+        # An interrupt for each direction of each queue, for the control queue and for changes of the configuration.
+        device |= {"mq": True, "vectors": 2 * len(taps) + 2}
+    return backend, device
+
+
+def port_device(port: str) -> str:
+    """Return the id of what is plugged into a port."""
+    return f"{port}-dev"
+
+
+def port_backend(port: str) -> str:
+    """Return the id of the host's side of the NIC in a port."""
+    return f"{port}-net"
+
+
 def _check_size(config: VmConfig) -> None:
     if not 1 <= config.vcpus <= VCPUS_MAX:
         raise InvalidArgument(f"cannot give a VM {config.vcpus} vCPUs: 1 to {VCPUS_MAX} are possible")
@@ -155,7 +186,7 @@ def kernel_command_line(params: tuple[str, ...]) -> str:
 
 def _ports() -> Iterator[str]:
     """What a device is plugged into: the bus of the machine itself takes none while it runs."""
-    for number, port in enumerate(_PORTS, start=1):
+    for number, port in enumerate((*_PORTS, *NIC_PORTS), start=1):
         yield from ("-device", _json({"driver": "pcie-root-port", "id": port, "chassis": number}))
 
 
@@ -193,7 +224,7 @@ def _plugged(devices: tuple[Device, ...]) -> Iterator[str]:
 
 def _plug(device: Device, port: str) -> dict[str, object]:
     """Return the driver of a device and its options."""
-    node = f"{port}-dev"
+    node = port_device(port)
     match device:
         case SharedDir():
             tag = _bounded(device.tag, _TAG_MAX, "virtio-fs tag")
@@ -214,6 +245,8 @@ def _plug(device: Device, port: str) -> dict[str, object]:
                 raise InvalidArgument(f"cannot give a guest the vsock address {device.cid}: {_CID_MIN} to {_CID_MAX}")
             own = {"guest-cid": device.cid, "vhostfd": str(device.vhost_fd)}
             return {"driver": "vhost-vsock-pci", "id": node, **_MODERN, **own}
+        case Nic():
+            raise InvalidArgument(f"cannot plug in NIC {device.device} before the VM runs")
         case Disk():
             raise InvalidArgument(f"cannot plug in {str(device.path)!r}: a disk is there from the start")
 

@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import stat
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,19 @@ from typing import Final
 
 from katapy import run
 from katapy.console import Console
-from katapy.devices import Disk, KernelVsock, SharedDir, UserVsock
+from katapy.devices import Disk, KernelVsock, Nic, SharedDir, UserVsock
 from katapy.errors import InvalidArgument, KatapyError, NotFound, PermissionDenied, Timeout, Unavailable
 from katapy.hypervisor import VmConfig, qmp
 from katapy.hypervisor.accel import KVM_DEVICE, Acceleration, Kind
-from katapy.hypervisor.cmdline import Descriptors, build_argv, pluggable
+from katapy.hypervisor.cmdline import (
+    NIC_PORTS,
+    Descriptors,
+    build_argv,
+    nic_options,
+    pluggable,
+    port_backend,
+    port_device,
+)
 from katapy.hypervisor.kvm_node import own_node
 from katapy.hypervisor.snapshot import Run, Snapshot, load_ram, make_ram, save_ram
 from katapy.timing import phase
@@ -43,6 +51,7 @@ _TERM_GRACE: Final = 2.0
 _EXIT_DEADLINE: Final = 2.0
 # One QMP command, and the device states of a VM: milliseconds, on a machine that has nothing else to do.
 _COMMAND_DEADLINE: Final = 60.0
+_UNPLUG_DEADLINE: Final = 30.0
 _CONSOLE_LINES: Final = 10
 # systemd's UIDS-GIDS.md marks 0x70000000 to 0x7fffffff as unused: no user, no container has these. A random one for
 # each VM keeps a QEMU that was taken over away from all the others. The first 2^22, one for each pid, are those of
@@ -64,6 +73,7 @@ class QemuVm:
         self._stderr = stderr
         self._ready = ready
         self._qmp: qmp.Qmp | None = None
+        self._nics: dict[str, str] = {}  # ports by the NICs' hardware addresses
 
     async def connect_qmp(self, ours: socket.socket) -> None:
         """Take QEMU's greeting, which shows that it accepted its arguments.
@@ -109,7 +119,7 @@ class QemuVm:
             await asyncio.to_thread(load_ram, self._ram, snapshot)
 
     async def restore(self, config: VmConfig, snapshot: Snapshot) -> None:
-        """Go on where the VM was that ``snapshot`` is of, with the devices of ``config`` plugged in.
+        """Be where the VM was that ``snapshot`` is of, with the devices of ``config`` plugged in, until ``resume``.
 
         It had the same configuration but for these. The VM was started with both.
 
@@ -121,7 +131,42 @@ class QemuVm:
         with phase("plug in the pod's devices"):
             for device in pluggable(config.devices):
                 await self._execute("device_add", device)
+
+    async def resume(self) -> None:
+        """Let a restored VM go on. Raises Unavailable or Timeout."""
         await self._execute("cont")
+
+    async def plug(self, nics: Sequence[Nic]) -> None:
+        """Plug in NICs; their descriptors stay the caller's. Raises Unavailable, Timeout, InvalidArgument."""
+        for nic in nics:
+            with phase("plug in a NIC"):
+                await self._plug(nic)
+
+    async def _plug(self, nic: Nic) -> None:
+        assert self._qmp is not None
+        free = [port for port in NIC_PORTS if port not in self._nics.values()]
+        if not free:
+            raise InvalidArgument(f"cannot give a VM more than {len(NIC_PORTS)} NICs")
+        port = self._nics[nic.device] = free[0]
+        names: dict[str, list[str]] = {"tap": [], "vhost": []}
+        for kind, fds in (("tap", nic.tap_fds), ("vhost", nic.vhost_fds)):
+            for number, fd in enumerate(fds):
+                names[kind].append(f"{port}-{kind}{number}")
+                await self._qmp.send(fd, names[kind][-1], timeout=_COMMAND_DEADLINE)
+        backend, device = nic_options(nic, port, names["tap"], names["vhost"])
+        await self._execute("netdev_add", backend)
+        await self._execute("device_add", device)
+
+    async def unplug(self, device: str) -> None:
+        """Take out the NIC with this permanent hardware address. It is cut off, whatever the guest does about it.
+
+        Raises Timeout where the guest does not let go of it, Unavailable.
+        """
+        assert self._qmp is not None
+        port = self._nics[device]
+        await self._execute("netdev_del", {"id": port_backend(port)})
+        await self._qmp.unplug(port_device(port), timeout=_UNPLUG_DEADLINE)
+        del self._nics[device]
 
     async def _migrate(self, command: str, fd: int) -> None:
         """Save to, or restore from, ``fd``, which is closed: all but the guest's memory."""

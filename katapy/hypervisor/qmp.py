@@ -35,6 +35,7 @@ class Qmp:
         self._client = client
         self._events: deque[tuple[str, object]] = deque(maxlen=_EVENTS_KEPT)
         self._migration: asyncio.Queue[str] = asyncio.Queue()
+        self._unplugged: dict[str, asyncio.Event] = {}
         # The library keeps every accepted event for ever; its filter sees them all and accepts none.
         client.events.event_filter = self._note
 
@@ -43,6 +44,8 @@ class Qmp:
         self._events.append((name, data))
         if name == _MIGRATION and isinstance(data, Mapping):
             self._migration.put_nowait(str(data.get("status")))
+        if name == "DEVICE_DELETED" and isinstance(data, Mapping):
+            self._unplugged.pop(str(data.get("device")), asyncio.Event()).set()
         return False
 
     async def migrated(self) -> str:
@@ -50,6 +53,19 @@ class Qmp:
         while (status := await self._migration.get()) not in _MIGRATION_ENDS:
             pass
         return status
+
+    async def unplug(self, device: str, *, timeout: float) -> None:
+        """Ask the guest to let go of a device, and wait until it has.
+
+        Raises Timeout where it does not within ``timeout`` seconds, else as ``execute`` does.
+        """
+        gone = self._unplugged.setdefault(device, asyncio.Event())
+        await self.execute("device_del", {"id": device}, timeout=timeout)
+        try:
+            async with asyncio.timeout(timeout):
+                await gone.wait()
+        except TimeoutError as error:
+            raise Timeout(f"the guest did not let go of {device} within {timeout:g} s") from error
 
     async def send(self, fd: int, name: str, *, timeout: float) -> None:
         """Give QEMU a duplicate of ``fd``, which commands know by ``name``. Raises as ``execute`` does."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from katapy import run
 from katapy.console import Console
-from katapy.errors import KatapyError, NotFound, Timeout, Unavailable
+from katapy.errors import KatapyError, Timeout, Unavailable
 from katapy.oci.hooks import Hook
 
 # Far above what a hook needs; without a limit of its own, one that hangs would hold up its engine for ever.
@@ -87,19 +87,3 @@ async def _run(hook: Hook, state: bytes, mount_namespace: int, bundle: str) -> N
             how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
             words = output.tail(_LINES).replace("\n", " | ")
             raise Unavailable(f"{how}: {words}" if words else how)
-
-
-def require_no_interfaces(pid: int, container_id: str) -> None:
-    """Raise Unavailable where the network namespace of ``pid`` was given interfaces, which the VM would not see."""
-    try:
-        with open(f"/proc/{pid}/net/dev", "rb") as file:  # noqa: PTH123 - of /proc
-            names = [line.partition(b":")[0].strip().decode(errors="replace") for line in file.readlines()[2:]]
-    except FileNotFoundError as error:
-        raise NotFound(f"the stand-in of {container_id} died: pid {pid}") from error
-    # Every new namespace has these where the kernel has their drivers.
-    own = {"lo", "tunl0", "sit0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "ip6tnl0", "ip6gre0"}
-    if found := sorted(set(names) - own):
-        raise Unavailable(
-            f"cannot connect {container_id} to {', '.join(found)[:256]}: networks are not supported yet; "
-            "run it without one (--network none)"
-        )

@@ -23,7 +23,7 @@ from katapy.hypervisor.accel import Kind, probe, require
 from katapy.oci.hooks import Hook
 from katapy.oci.linux import Resources
 from katapy.sandbox.container import Container
-from katapy.sandbox.hooks import require_no_interfaces, run_hook
+from katapy.sandbox.hooks import run_hook
 from katapy.sandbox.host_cgroup import HostCgroup, boot_limits, run_limits, update_limits
 from katapy.sandbox.process import GuestProcess
 from katapy.sandbox.sizing import Size
@@ -52,15 +52,10 @@ class Host:
     layout: Layout = field(default_factory=find_layout)
 
     async def prepare(self, container: Container) -> None:
-        """Run the hooks that come before the container is made; what they connect it to must be something we serve.
-
-        Raises Unavailable or Timeout.
-        """
-        hooks, process = container.bundle.spec.hooks, container.init
+        """Run the hooks that come before the container is made. Raises Unavailable or Timeout."""
+        hooks = container.bundle.spec.hooks
         await self.run_hooks(container, "prestart", hooks.prestart)
         await self.run_hooks(container, "createRuntime", hooks.create_runtime)
-        if container.bundle.spec.linux.namespace("network") is not None and process.host_pid:
-            require_no_interfaces(process.host_pid, container.id)
 
     async def finish(self, container: Container) -> None:
         """Do what comes after the container was made and before it runs. Raises Unavailable or Timeout."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from katapy import assets, run
 from katapy.config import Config
-from katapy.devices import Disk
+from katapy.devices import Disk, Nic
 from katapy.errors import KatapyError, Unavailable
 from katapy.hypervisor import GuestConsole, Vm, VmConfig
 from katapy.hypervisor.accel import Acceleration, probe, require
@@ -152,12 +152,18 @@ async def _settled(task: asyncio.Future[Any]) -> None:
 
 @asynccontextmanager
 async def start_machine(
-    name: str, directory: Path, config: Config, size: Size, record: Callable[[list[run.Process]], None]
+    name: str,
+    directory: Path,
+    config: Config,
+    size: Size,
+    record: Callable[[list[run.Process]], None],
+    nics: asyncio.Task[Sequence[Nic]],
 ) -> AsyncIterator[Machine]:
     """Start a VM for the sandbox ``name`` whose private directory is ``directory``, and connect to its agent.
 
     It is restored from the template of its shape, or booted where the configuration says so or that fails.
-    ``record`` is told of the processes each time that one more runs.
+    ``record`` is told of the processes each time that one more runs; ``nics`` is waited for when there is nothing
+    else to do without them, and their descriptors stay the caller's.
     Raises KatapyError; nothing is left behind then.
     """
     async with AsyncExitStack() as stack:
@@ -168,8 +174,10 @@ async def start_machine(
         if snapshot is not None:
             machine = Machine(name, record)
             try:
-                await stack.enter_async_context(_start(machine, directory, config, base, snapshot))
+                await stack.enter_async_context(_start(machine, directory, config, base, nics, snapshot))
             except KatapyError as error:
+                if nics.done() and not nics.cancelled() and nics.exception() is not None:
+                    raise
                 # That a part of it was killed is no fault of the template's.
                 if machine.killed:
                     raise machine.failed_with() or error from error
@@ -177,7 +185,7 @@ async def start_machine(
                 machine = None
         if machine is None:
             machine = Machine(name, record)
-            await stack.enter_async_context(_start(machine, directory, config, base, None))
+            await stack.enter_async_context(_start(machine, directory, config, base, nics, None))
         yield machine
 
 
@@ -205,11 +213,16 @@ async def _base_config(config: Config, size: Size) -> VmConfig:
 
 @asynccontextmanager
 async def _start(
-    machine: Machine, directory: Path, config: Config, base: VmConfig, snapshot: Snapshot | None
+    machine: Machine,
+    directory: Path,
+    config: Config,
+    base: VmConfig,
+    nics: asyncio.Task[Sequence[Nic]],
+    snapshot: Snapshot | None,
 ) -> AsyncIterator[Machine]:
     async with AsyncExitStack() as stack:
         try:
-            await _bring_up(machine, stack, directory, config, base, snapshot)
+            await _bring_up(machine, stack, directory, config, base, nics, snapshot)
         except KatapyError:
             # Before all others are ended.
             machine.killed = any((process.poll() or 0) < 0 for process in machine.processes)
@@ -225,6 +238,7 @@ async def _bring_up(
     directory: Path,
     config: Config,
     base: VmConfig,
+    nics: asyncio.Task[Sequence[Nic]],
     snapshot: Snapshot | None,
 ) -> None:
     name, timeout = machine.name, config.runtime.boot_timeout
@@ -246,9 +260,14 @@ async def _bring_up(
     machine._watch(vm.process, stack, vm.console)
     if snapshot is not None:
         await vm.restore(vm_config, snapshot)
+        with phase("await the network"):
+            found = await nics
+        await vm.plug(found)
+        await vm.resume()
     else:
         with phase("boot the guest"):
             await machine.guarded(vm.wait_ready(timeout))
+        await vm.plug(await nics)
     with phase("import gRPC"):
         await imported
     from katapy.agent import client

@@ -45,6 +45,10 @@ class Record:
         """Note the cgroup on the host, for whoever must clean up when the shim cannot."""
         self._update(cgroup=record._asdict())
 
+    def network(self, path: str) -> None:
+        """Note the network namespace that the VM is connected to, for whoever must clean up when the shim cannot."""
+        self._update(network=path)
+
     @property
     def state(self) -> State:
         """What the file says."""

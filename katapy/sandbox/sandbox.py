@@ -27,6 +27,7 @@ from katapy.sandbox.hooks import hooks_seconds
 from katapy.sandbox.host import Host, await_stand_in, remove_cgroup
 from katapy.sandbox.host_cgroup import HostCgroup
 from katapy.sandbox.machine import Machine, start_machine
+from katapy.sandbox.network import SandboxNetwork
 from katapy.sandbox.process import Exit, GuestProcess, StdioRequest
 from katapy.sandbox.record import Record
 from katapy.sandbox.sizing import Size, check_fits, vm_size
@@ -61,7 +62,7 @@ class Sandbox:
         self._machine: Machine | None = None
         self._starting = asyncio.Lock()
         self._failure_watch: asyncio.Task[None] | None = None
-        self._event_watch: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
 
     @property
     def empty(self) -> bool:
@@ -126,14 +127,13 @@ class Sandbox:
                 self._cgroup = await self._host.make_pod_cgroup(container, self._size(container), self._config)
         else:
             await self._host.make_member_cgroup(container)
-        boot = asyncio.create_task(self._running_machine(container), name="boot the VM")
+        hooks = asyncio.create_task(self._host.prepare(container), name="run hooks")
+        boot = asyncio.create_task(self._running_machine(container, hooks), name="boot the VM")
         try:
-            await self._host.prepare(container)
+            await hooks
             return await boot
         finally:
-            if not boot.done():
-                boot.cancel()
-                await asyncio.wait([boot])
+            await _ended(hooks, boot)
 
     async def expect(self, container_id: str, exec_id: str) -> GuestProcess:
         """Return a process, waiting for a container that is yet to be created. Raises NotFound for an exec."""
@@ -337,9 +337,7 @@ class Sandbox:
                 await machine.guarded(machine.agent.destroy_sandbox(deadline=_DESTROY_DEADLINE))
         for container in list(self._containers.values()):
             await self._forget(container)
-        if self._event_watch is not None:
-            self._event_watch.cancel()
-            await asyncio.wait([self._event_watch])
+        await _ended(*self._watches)
         if self._failure_watch is not None:
             if machine is not None and machine.failed_with() is not None:
                 # It is taking apart what is left of the machine; half of that done would be worse than all.
@@ -367,29 +365,36 @@ class Sandbox:
             raise failure
         return self._machine
 
-    async def _running_machine(self, container: Container) -> Machine:
+    async def _running_machine(self, container: Container, hooks: asyncio.Task[None]) -> Machine:
         async with self._starting:
             if self._machine is None:
-                spec = container.bundle.spec
-                machine = await self._stack.enter_async_context(
-                    start_machine(
-                        self.id,
-                        self.directory,
-                        self._config,
-                        self._size(container),
-                        container.record.helpers,
-                    )
-                )
-                with phase("make the VM the pod's own"):
-                    await machine.guarded(
-                        machine.agent.create_sandbox(
-                            self.id, hostname=spec.hostname or os.uname().nodename, resolv_conf="", shared_tag=TAG
-                        )
-                    )
+                machine, network = await self._start_machine(container, hooks)
                 self._machine = machine
                 self._failure_watch = asyncio.create_task(self._on_failure(machine), name="watch the machine")
-                self._event_watch = asyncio.create_task(self._on_events(machine), name="watch the guest's events")
+                self._watches = [
+                    asyncio.create_task(self._on_events(machine), name="watch the guest's events"),
+                    asyncio.create_task(network.follow(machine), name="watch the network"),
+                ]
         return self._alive()
+
+    async def _start_machine(self, container: Container, hooks: asyncio.Task[None]) -> tuple[Machine, SandboxNetwork]:
+        size = self._size(container)
+        network = SandboxNetwork(self._config, container, vcpus=size.vcpus)
+        # Left last: the taps end with the VM.
+        self._stack.push_async_callback(network.close)
+        nics = asyncio.create_task(network.connect(asyncio.shield(hooks)), name="connect the network")
+        try:
+            starting = start_machine(self.id, self.directory, self._config, size, container.record.helpers, nics)
+            machine = await self._stack.enter_async_context(starting)
+        finally:
+            await _ended(nics)
+        network.plugged()
+        hostname = container.bundle.spec.hostname or os.uname().nodename
+        with phase("make the VM the pod's own"):
+            await machine.guarded(
+                machine.agent.create_sandbox(self.id, hostname=hostname, shared_tag=TAG, network=network.network)
+            )
+        return machine, network
 
     def _size(self, container: Container) -> Size:
         return vm_size(self._config, container.bundle.spec, host_cpus=os.cpu_count() or 1)
@@ -456,6 +461,7 @@ class Sandbox:
                 process.lose(error)
             container.record.stopped(_KILLED)
             container.changed()
+        await _ended(*self._watches)
         # What is left of the machine is of no use, and may hold memory.
         await self._stack.aclose()
 
@@ -491,3 +497,11 @@ class Sandbox:
             if container_id != self.id:
                 await remove_cgroup(container.cgroup)
                 container.record.remove()
+
+
+async def _ended(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel what has not ended, and wait for the end of it."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)

@@ -318,6 +318,7 @@ async def test_a_saved_vm_goes_on_where_it_was(config: VmConfig, tmp_path: Path)
         path = tmp_path / name
         async with start_vm(saved, name=name, console_path=path, snapshot=snapshot) as vm:
             await vm.restore(saved, snapshot)
+            await vm.resume()
             assert (await printed(vm)).startswith("t")
 
 

@@ -56,6 +56,14 @@ GOLDEN = r"""/usr/bin/qemu-system-x86_64
 -mon chardev=qmp,mode=control
 -device {"driver":"pcie-root-port","id":"port0","chassis":1}
 -device {"driver":"pcie-root-port","id":"port1","chassis":2}
+-device {"driver":"pcie-root-port","id":"nic0","chassis":3}
+-device {"driver":"pcie-root-port","id":"nic1","chassis":4}
+-device {"driver":"pcie-root-port","id":"nic2","chassis":5}
+-device {"driver":"pcie-root-port","id":"nic3","chassis":6}
+-device {"driver":"pcie-root-port","id":"nic4","chassis":7}
+-device {"driver":"pcie-root-port","id":"nic5","chassis":8}
+-device {"driver":"pcie-root-port","id":"nic6","chassis":9}
+-device {"driver":"pcie-root-port","id":"nic7","chassis":10}
 -add-fd fd=15,set=15
 -blockdev {"driver":"raw","node-name":"disk0","read-only":true,"file":{"driver":"file","filename":"/dev/fdset/15"}}
 -device {"driver":"virtio-blk-pci","id":"disk0-dev","disable-legacy":"on","drive":"disk0","serial":"root"}

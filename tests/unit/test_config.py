@@ -79,6 +79,13 @@ def test_every_key_is_taken() -> None:
         vsock = "user"
         [storage]
         virtiofsd = "/v"
+        [network]
+        model = "none"
+        spoofing = true
+        metadata = true
+        ingress_rate = "10M"
+        egress_rate = "1500k"
+        vhost = false
         [runtime]
         data_dir = "/d"
         boot_timeout = 7
@@ -100,6 +107,14 @@ def test_every_key_is_taken() -> None:
         "vsock": "user",
     }
     assert values["storage"] == {"virtiofsd": Path("/v")}
+    assert values["network"] == {
+        "model": "none",
+        "spoofing": True,
+        "metadata": True,
+        "ingress_rate": 10_000_000,
+        "egress_rate": 1_500_000,
+        "vhost": False,
+    }
     assert values["runtime"] == {"data_dir": Path("/d"), "boot_timeout": 7.0}
     assert {name: {key.name for key in fields(section)} for name, section in SECTIONS.items()} == {
         name: set(keys) for name, keys in values.items()

@@ -1,0 +1,319 @@
+"""The process that connects a network namespace, looks again, or cleans up after a supervisor that was killed.
+
+It lives for one request: it enters the namespace, for which the supervisor would need a thread of its own, and it
+imports pyroute2, whose memory no pod shall hold for its whole life. Started by ``pod``; everything that it makes goes
+by itself with the descriptors that it hands over, but for what is in the answer's ``undo``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+from katapy import linux
+from katapy.errors import AlreadyExists, InvalidArgument, KatapyError, Unavailable, Unsupported, codes_of
+from katapy.interfaces import Address, Interface, Network
+from katapy.network import netlink, rules, tap
+from katapy.network.netlink import IFF_NOARP, IFF_UP, Link, Netlink, Qdisc
+
+MESSAGE_MAX: Final = 200_000  # what a socket's buffer holds on every host
+INTERFACES_MAX: Final = 8
+ROUTES_MAX: Final = 512
+
+# What a kernel hands over to a tap is to be told from the filters of others, also after we were killed.
+_PRIORITY: Final = 0xCA7A
+_RATE_HANDLE: Final = 0xCA7A_0000
+_SINK: Final = "katapy-sink"
+_PREFIX: Final = "katapy"
+_SUPPORTED: Final = frozenset(("veth", "macvlan", "ipvlan", "vlan", "dummy", "tun"))
+# Every new namespace has these where the kernel has their drivers.
+_OWN: Final = frozenset(
+    ("tunl0", "sit0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "ip6tnl0", "ip6gre0", "bonding_masters")
+)
+_ETHERNET: Final = 1
+_BURST_SECONDS: Final = 0.05
+_BURST_MIN: Final = 1 << 16
+_QUEUE_SECONDS: Final = 0.1
+_SETTLE_ATTEMPTS: Final = 16
+
+
+class Helper:
+    """One request about the namespace that this process is in."""
+
+    def __init__(self, request: Mapping[str, Any], outside: Netlink) -> None:
+        self._settings: Mapping[str, Any] = request["settings"]
+        state = request["state"]
+        self._known: dict[int, dict[str, Any]] = {int(index): each for index, each in state.get("known", {}).items()}
+        self._sink: int = state.get("sink", 0)
+        self._next: int = state.get("next_device", 0)
+        self._outside = outside
+        self._netlink = Netlink()
+        self._stack = ExitStack()
+        self.fds: list[int] = []
+
+    def connect(self) -> dict[str, Any]:
+        """Bring the taps in line with the interfaces, and return what there is; new descriptors are in ``fds``.
+
+        Raises KatapyError; nothing is changed then, but what the known interfaces may send.
+        """
+        undo: dict[int, list[bytes]] = {}
+        try:
+            return self._connect(undo)
+        except BaseException:
+            for requests in undo.values():
+                for each in requests:
+                    self._netlink.delete(each)
+            self._stack.close()
+            raise
+
+    def _connect(self, undo: dict[int, list[bytes]]) -> dict[str, Any]:
+        watching = None
+        if not self._sink:
+            watching = self._netlink.watch()
+            self._stack.callback(watching.close)
+            self._make_sink()
+            self.fds = [watching.fileno(), self._netlink.fileno(), *self.fds]
+        added: list[dict[str, Any]] = []
+        for _ in range(_SETTLE_ATTEMPTS):
+            links = self._served()
+            interfaces = [self._serve(link, addresses, added, undo) for link, addresses in links]
+            if watching is not None:
+                _drain(watching)  # among it is our own doing, so look once more
+            if self._served() == links:
+                break
+        names = {link.index: link.name for link, _ in links}
+        routes = self._netlink.routes(names) if names else []
+        if len(routes) > ROUTES_MAX:
+            raise Unsupported(f"cannot give a VM {len(routes)} routes: {ROUTES_MAX} are possible")
+        network = Network(tuple(interfaces), tuple(routes), tuple(self._netlink.neighbours(names) if names else ()))
+        known = {index: each for index, each in self._known.items() if index in names}
+        return {
+            "network": network.to_json(),
+            "added": added,
+            "undo": {index: [each.hex() for each in requests] for index, requests in undo.items()},
+            "state": {"known": known, "sink": self._sink, "next_device": self._next},
+        }
+
+    def _make_sink(self) -> None:
+        try:
+            (sink,) = tap.open_tap(_SINK, queues=1, stack=self._stack)
+        except AlreadyExists as error:
+            raise AlreadyExists(
+                "the network namespace has the VM of another pod: it can serve one at a time"
+            ) from error
+        self.fds.append(sink)
+        # Nobody reads it: what is in its queue stays there, and everything after that is dropped.
+        self._sink = self._up(_SINK, mtu=0, queue=1)
+
+    def _served(self) -> list[tuple[Link, list[Address]]]:
+        """Return the interfaces that the VM is to have, in the order of their making, each with its addresses."""
+        links, addresses = self._netlink.links(), self._netlink.addresses()
+        found = [
+            (link, addresses.get(link.index, []))
+            for link in sorted(links, key=lambda link: link.index)
+            if self._is_served(link)
+        ]
+        if len(found) > INTERFACES_MAX:
+            raise Unsupported(f"cannot give a VM {len(found)} interfaces: {INTERFACES_MAX} are possible")
+        return found
+
+    def _is_served(self, link: Link) -> bool:
+        if link.name == "lo" or (link.kind == "tun" and _is_ours(link.name)):
+            return False
+        if link.name in _OWN and not link.flags & IFF_UP:
+            return False
+        if link.kind not in _SUPPORTED or (link.kind == "tun" and not link.tap) or link.hardware_type != _ETHERNET:
+            what = link.kind or "hardware"
+            raise Unsupported(f"cannot connect {link.name} to a VM: a link of type {what} is not supported")
+        return True
+
+    def _serve(
+        self, link: Link, addresses: Sequence[Address], added: list[dict[str, Any]], undo: dict[int, list[bytes]]
+    ) -> Interface:
+        """Make the tap of an interface, or let it know the interface as it is now."""
+        known = self._known.get(link.index)
+        interface = Interface(
+            device=known["device"] if known else _device(self._next),
+            name=link.name,
+            hardware_address=link.hardware_address,
+            mtu=link.mtu,
+            up=bool(link.flags & IFF_UP),
+            no_arp=bool(link.flags & IFF_NOARP),
+            disable_ipv6=_sysctl(link.name, "disable_ipv6") != "0",
+            addresses=tuple(addresses),
+        )
+        if known is None:
+            try:
+                known = self._add(link, interface, added, undo)
+            except OSError as error:
+                raise Unavailable(f"cannot connect {link.name} to a VM: {error.strerror}") from error
+            self._next += 1
+        elif known["interface"] != json.loads(json.dumps(interface)):
+            self._allow(known["tap"], interface, link.index)
+            self._netlink.set_link(known["tap"], mtu=link.mtu, up=True)
+        known["interface"] = json.loads(json.dumps(interface))
+        self._known[link.index] = known
+        return interface
+
+    def _add(
+        self, link: Link, interface: Interface, added: list[dict[str, Any]], undo: dict[int, list[bytes]]
+    ) -> dict[str, Any]:
+        settings = self._settings
+        self.remove_leftovers(link.index)
+        name = f"{_PREFIX}{link.index}"
+        queues = tap.open_tap(name, queues=settings["queues"], stack=self._stack)
+        vhost = tap.open_vhost(settings["queues"], self._stack) if settings["vhost"] else []
+        self.fds += queues + vhost
+        requests = undo.setdefault(link.index, [])
+        index = self._up(name, mtu=link.mtu)
+        self._allow(index, interface, link.index, fresh=True)
+        if not self._is_shaped(link):
+            self._limit(index, settings["ingress_rate"])
+            if settings["egress_rate"]:
+                self._require_no_queue(link)
+                self._limit(link.index, settings["egress_rate"])
+                requests.append(netlink.delete_qdisc(link.index, Qdisc("tbf", 0, netlink.ROOT)))
+        kind = self._filtered(link.index)
+        if kind is None:
+            self._netlink.add_ingress(link.index)
+            kind = "ingress"
+            requests.append(netlink.delete_qdisc(link.index, Qdisc(kind, 0xFFFF_0000, netlink.INGRESS)))
+        else:
+            requests.append(netlink.delete_filters(link.index, kind, _PRIORITY))
+        self._netlink.add_filter(link.index, kind, rules.incoming(_PRIORITY, index))
+        added.append({"device": interface.device, "queues": len(queues), "vhost": len(vhost)})
+        return {"device": interface.device, "tap": index}
+
+    def remove_leftovers(self, index: int) -> None:
+        """Remove from an interface what hands frames to a tap that is gone."""
+        present = {each.index for each in self._netlink.links()}
+        kind = self._filtered(index)
+        if kind is not None:
+            filters = self._netlink.redirects(index, kind)
+            stale = [target for priority, target in filters if priority == _PRIORITY and target not in present]
+            if stale and len(filters) == len(stale) and kind == "ingress":
+                self._netlink.delete(netlink.delete_qdisc(index, Qdisc(kind, 0xFFFF_0000, netlink.INGRESS)))
+            elif stale:
+                self._netlink.delete(netlink.delete_filters(index, kind, _PRIORITY))
+            if not stale and any(priority == _PRIORITY for priority, _ in filters):
+                return
+        if any(each.handle == _RATE_HANDLE for each in self._netlink.qdiscs(index)):
+            self._netlink.delete(netlink.delete_qdisc(index, Qdisc("tbf", 0, netlink.ROOT)))
+
+    def _filtered(self, index: int) -> str | None:
+        """Return the kind of qdisc that an interface's filters on what comes in are at, if it has one."""
+        kinds = [each.kind for each in self._netlink.qdiscs(index) if each.kind in ("ingress", "clsact")]
+        return kinds[0] if kinds else None
+
+    def _up(self, name: str, *, mtu: int, queue: int | None = None) -> int:
+        # Or the host's own stack would talk to the guest.
+        _set_sysctl(name, "disable_ipv6", "1")
+        index = socket.if_nametoindex(name)
+        self._netlink.set_link(index, mtu=mtu, up=True, queue=queue)
+        return index
+
+    def _allow(self, index: int, interface: Interface, target: int, *, fresh: bool = False) -> None:
+        """Let pass at a tap what the interface's guest may send; for a moment, nothing is let pass."""
+        if not fresh:
+            self._netlink.delete(netlink.delete_qdisc(index, Qdisc("ingress", 0xFFFF_0000, netlink.INGRESS)))
+        self._netlink.add_ingress(index)
+        settings = self._settings
+        for each in rules.outgoing(
+            interface, target=target, sink=self._sink, checked=settings["checked"], metadata=settings["metadata"]
+        ):
+            self._netlink.add_filter(index, "ingress", each)
+
+    def _limit(self, index: int, rate: int) -> None:
+        if rate:
+            burst = max(int(rate * _BURST_SECONDS), _BURST_MIN)
+            limit = burst + int(rate * _QUEUE_SECONDS)
+            self._netlink.add_rate(index, _RATE_HANDLE, rate=rate, burst=burst, limit=limit)
+
+    def _require_no_queue(self, link: Link) -> None:
+        for each in self._netlink.qdiscs(link.index):
+            if each.parent == netlink.ROOT and each.handle:
+                raise Unsupported(f"cannot limit the rate of {link.name}: it has a queueing discipline, {each.kind}")
+
+    def _is_shaped(self, link: Link) -> bool:
+        """Whether a CNI plugin limits the interface already, at its end on the host."""
+        if link.kind != "veth" or not link.peer_elsewhere:
+            return False
+        try:
+            return any(each.kind == "tbf" for each in self._outside.qdiscs(link.peer))
+        except OSError:
+            return False
+
+
+def _is_ours(name: str) -> bool:
+    return name == _SINK or (name.startswith(_PREFIX) and name[len(_PREFIX) :].isdecimal())
+
+
+def _device(number: int) -> str:
+    """Return the permanent hardware address of the VM's NIC with this number: locally administered, "kat"."""
+    return f"02:6b:61:74:{number >> 8 & 0xFF:02x}:{number & 0xFF:02x}"
+
+
+def _sysctl(interface: str, name: str) -> str:
+    try:
+        return Path(f"/proc/sys/net/ipv6/conf/{interface}/{name}").read_text().strip()
+    except OSError:
+        return "1"  # a kernel without IPv6
+
+
+def _set_sysctl(interface: str, name: str, value: str) -> None:
+    path = Path(f"/proc/sys/net/ipv6/conf/{interface}/{name}")
+    if path.parent.exists():
+        path.write_text(value)
+
+
+def _drain(watching: socket.socket | None) -> None:
+    if watching is not None:
+        try:
+            while watching.recv(1 << 16):
+                pass
+        except BlockingIOError:
+            pass
+        except OSError:  # more has happened than fits
+            _drain(watching)
+
+
+def _answer(request: Mapping[str, Any], namespace: int) -> tuple[dict[str, Any], list[int]]:
+    outside = Netlink()
+    try:
+        linux.setns(namespace, linux.CLONE_NEWNET)
+    except OSError as error:
+        raise InvalidArgument(f"cannot enter the pod's network namespace: {error.strerror}") from error
+    helper = Helper(request, outside)
+    if request["clean"]:
+        for link in helper._netlink.links():
+            helper.remove_leftovers(link.index)
+        return {}, []
+    return helper.connect(), helper.fds
+
+
+def main() -> int:
+    """Answer one request on the socket that is the argument."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    data, fds, _flags, _address = socket.recv_fds(control, MESSAGE_MAX, 1)
+    if not data:
+        return 0
+    handed: list[int] = []
+    try:
+        try:
+            answer, handed = _answer(json.loads(data), fds[0])
+        except OSError as error:
+            raise Unavailable(f"cannot set up the pod's network: {error.strerror or error}") from error
+        encoded = json.dumps(answer).encode()
+        if len(encoded) > MESSAGE_MAX:
+            raise Unsupported("cannot give a VM that many addresses and routes")
+    except KatapyError as error:
+        said = {"error": str(error), "kind": type(error).__name__, "code": codes_of(error).rpc}
+        encoded, handed = json.dumps(said).encode(), []
+    socket.send_fds(control, [encoded], handed)
+    os._exit(0)

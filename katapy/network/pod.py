@@ -1,0 +1,217 @@
+"""A pod's connection to its network namespace, as the supervisor holds it: taps, changes, and what undoes all of it.
+
+The work is the helper's; here are descriptors and the requests, ready to be sent to the kernel, that remove what would
+not go by itself. So this end needs neither pyroute2 nor a thread in the namespace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import katapy
+from katapy import run
+from katapy.devices import Nic
+from katapy.errors import KatapyError, Unavailable, from_wire
+from katapy.interfaces import Network
+
+log = logging.getLogger(__name__)
+
+_BOOT: Final = (
+    "import sys; sys.path.extend(sys.argv.pop(1).split(':')); from katapy.network.helper import main; sys.exit(main())"
+)
+_MESSAGE_MAX: Final = 200_000
+_FDS_MAX: Final = 250  # SCM_MAX_FD is 253
+_DEADLINE: Final = 60.0
+# One `docker network connect` is a dozen changes.
+_QUIET_SECONDS: Final = 0.1
+QUEUES_MAX: Final = 8
+
+
+class Settings(NamedTuple):
+    """What is done beside connecting; rates in bytes a second, 0: no limit.
+
+    ``checked`` lets only frames with the pod's own addresses out, ``metadata`` lets clouds' metadata services be
+    reached, ``queues`` is how many a NIC has.
+    """
+
+    checked: bool = True
+    metadata: bool = False
+    ingress_rate: int = 0
+    egress_rate: int = 0
+    queues: int = 1
+    vhost: bool = True
+
+
+class Change(NamedTuple):
+    """What has become of a namespace: NICs to be plugged in, and the permanent addresses of those to be taken out."""
+
+    network: Network
+    added: tuple[Nic, ...]
+    removed: tuple[str, ...]
+
+
+class Helper:
+    """A helper process that was started and waits for its request, which it answers once."""
+
+    def __init__(self) -> None:
+        """Start it. Raises Unavailable."""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        paths = ":".join(path for path in sys.path if path)
+        argv = [sys.executable, "-I", "-S", "-c", _BOOT, f"{Path(katapy.__file__).parent.parent}:{paths}"]
+        with theirs:
+            try:
+                self._process = run.start(
+                    [*argv, str(theirs.fileno())], name="network helper", fds=[theirs.fileno()], stderr=2
+                )
+            except KatapyError:
+                self._control.close()
+                raise
+
+    async def ask(self, request: Mapping[str, Any], namespace: int) -> tuple[dict[str, Any], list[int]]:
+        """Return the answer about the network namespace behind a descriptor, and the descriptors that come with it.
+
+        Raises what the helper raises, Unavailable where it dies.
+        """
+        try:
+            with contextlib.suppress(OSError):
+                socket.send_fds(self._control, [json.dumps(request).encode()], [namespace])
+            async with asyncio.timeout(_DEADLINE):
+                await run.readable(self._control.fileno())
+            try:
+                data, fds, _flags, _address = socket.recv_fds(self._control, _MESSAGE_MAX, _FDS_MAX)
+            except OSError:
+                data, fds = b"", []
+        except TimeoutError:
+            data, fds = b"", []
+        finally:
+            await self.close()
+        if not data:
+            raise Unavailable("cannot set up the pod's network: the helper died")
+        answer = json.loads(data)
+        if "error" in answer:
+            raise from_wire(answer["code"], answer["kind"], answer["error"])
+        return answer, fds
+
+    async def close(self) -> None:
+        """End it."""
+        self._control.close()
+        await self._process.stop(grace=0)
+
+
+class PodNetwork:
+    """The connection; see ``connect``."""
+
+    def __init__(self, namespace: int, settings: Settings) -> None:
+        self._namespace, self._settings = os.dup(namespace), settings
+        self._stack = ExitStack()
+        self._stack.callback(os.close, self._namespace)
+        self._state: dict[str, Any] = {}
+        self._undo: dict[str, list[bytes]] = {}
+        self._watching: socket.socket | None = None
+        self._requests: socket.socket | None = None
+        self.network = Network()
+
+    async def connect(self, helper: Helper) -> tuple[Nic, ...]:
+        """Connect what the namespace has now, and return its NICs, whose descriptors are the caller's to close.
+
+        Raises KatapyError; nothing has changed then.
+        """
+        answer, fds = await helper.ask(self._request(), self._namespace)
+        with ExitStack() as stack:
+            for fd in fds:
+                stack.callback(os.close, fd)
+            watching, requests, sink, *taps = fds
+            self._watching = socket.socket(fileno=os.dup(watching))
+            self._requests = socket.socket(fileno=os.dup(requests))
+            self._stack.callback(os.close, os.dup(sink))
+            return self._take(answer, [os.dup(fd) for fd in taps])
+
+    async def changes(self) -> AsyncIterator[Change]:
+        """Give every change of the namespace from now on; the new NICs' descriptors are the caller's to close."""
+        assert self._watching is not None
+        while True:
+            await run.readable(self._watching.fileno())
+            await asyncio.sleep(_QUIET_SECONDS)
+            _drain(self._watching)
+            before = self.network
+            try:
+                answer, fds = await Helper().ask(self._request(), self._namespace)
+            except KatapyError as error:
+                # The pod goes on with the network that it has.
+                log.warning("%s", error)
+                continue
+            nics = self._take(answer, fds)
+            devices = {each.device for each in self.network.interfaces}
+            removed = tuple(each.device for each in before.interfaces if each.device not in devices)
+            if self.network != before or nics:
+                yield Change(self.network, nics, removed)
+
+    def close(self) -> None:
+        """Leave the namespace as it was found, once the VM has ended and its taps with it. Idempotent."""
+        if self._requests is not None:
+            for requests in self._undo.values():
+                for each in requests:
+                    # The kernel has done it when this returns; what is gone already is no error.
+                    with contextlib.suppress(OSError):
+                        self._requests.send(each)
+            self._requests.close()
+            self._requests = None
+        if self._watching is not None:
+            self._watching.close()
+            self._watching = None
+        self._stack.close()
+
+    def _request(self) -> dict[str, Any]:
+        return {"clean": False, "settings": self._settings._asdict(), "state": self._state}
+
+    def _take(self, answer: Mapping[str, Any], fds: list[int]) -> tuple[Nic, ...]:
+        self._state = answer["state"]
+        self.network = Network.from_json(answer["network"])
+        for index, requests in answer["undo"].items():
+            self._undo[index] = [bytes.fromhex(each) for each in requests]
+        self._undo = {index: each for index, each in self._undo.items() if index in self._state["known"]}
+        nics = []
+        for each in answer["added"]:
+            taps, fds = fds[: each["queues"]], fds[each["queues"] :]
+            vhost, fds = fds[: each["vhost"]], fds[each["vhost"] :]
+            nics.append(Nic(each["device"], tuple(taps), tuple(vhost)))
+        return tuple(nics)
+
+
+def close_nic(nic: Nic) -> None:
+    """Close the descriptors of a NIC, of which QEMU has its own."""
+    for fd in (*nic.tap_fds, *nic.vhost_fds):
+        os.close(fd)
+
+
+async def clean(path: Path) -> None:
+    """Remove from the network namespace at ``path`` what a supervisor that was killed has left. Raises KatapyError."""
+    try:
+        namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return  # gone, and all that was in it
+    try:
+        await Helper().ask({"clean": True, "settings": {}, "state": {}}, namespace)
+    finally:
+        os.close(namespace)
+
+
+def _drain(watching: socket.socket) -> None:
+    while True:
+        try:
+            watching.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:  # more has happened than fits; the next look sees all of it
+            continue
