@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from katapy_agent import config, machine, storage
 from katapy_agent.container import Container, Services, State
 from katapy_agent.errors import AlreadyExists, InvalidArgument, InvalidState, NotFound, Unsupported, doing
 from katapy_agent.stdio import Streams
+
+if TYPE_CHECKING:  # imported when there is a network: in a template they are there already
+    from katapy_agent.network import Interface, Neighbor
+    from katapy_agent.routes import Route
 
 _ID: Final = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.+-]{1,128}")  # as the host has it, and runc
 _RESOLV_CONF_MAX: Final = 64 << 10
@@ -29,9 +33,21 @@ class Sandbox:
         self._created = False
 
     async def create(
-        self, *, hostname: str, resolv_conf: str, shared_tag: str, time_ns: int = 0, entropy: bytes = b""
+        self,
+        *,
+        hostname: str,
+        resolv_conf: str,
+        shared_tag: str,
+        time_ns: int = 0,
+        entropy: bytes = b"",
+        interfaces: Sequence[Interface] = (),
+        routes: Sequence[Route] = (),
+        neighbors: Sequence[Neighbor] = (),
     ) -> None:
-        """Make the VM a pod's own; an empty argument leaves its thing alone. Once only: raises AlreadyExists."""
+        """Make the VM a pod's own; an empty argument leaves its thing alone. Once only: raises AlreadyExists.
+
+        With interfaces the routes are exactly ``routes``, even if there are none.
+        """
         if self._created:
             raise AlreadyExists("sandbox is already created")
         if len(resolv_conf) > _RESOLV_CONF_MAX:
@@ -47,8 +63,13 @@ class Sandbox:
             if resolv_conf:
                 with doing("write resolv.conf"):
                     (storage.RUN / "resolv.conf").write_text(resolv_conf)
+            # Both wait for devices that the host plugs in.
+            parts: list[Awaitable[None]] = []
             if shared_tag:
-                await asyncio.to_thread(storage.mount_shared, shared_tag)
+                parts.append(asyncio.to_thread(storage.mount_shared, shared_tag))
+            if interfaces or routes or neighbors:
+                parts.append(asyncio.to_thread(_set_up_network, interfaces, routes, neighbors))
+            await asyncio.gather(*parts)
         except BaseException:
             self._created = False
             raise
@@ -64,6 +85,27 @@ class Sandbox:
         await asyncio.to_thread(storage.unmount_shared)
         for failure in failures:
             raise failure
+
+    async def update_interface(self, interface: Interface) -> None:
+        """Make a NIC the interface that is described, waiting for it."""
+        from katapy_agent import network
+
+        self._check_created()
+        await asyncio.to_thread(network.update_interface, interface)
+
+    async def update_routes(self, routes: Sequence[Route]) -> None:
+        """Make the routes exactly these, but for those that the kernel has made or learnt by itself."""
+        from katapy_agent.routes import update_routes
+
+        self._check_created()
+        await asyncio.to_thread(update_routes, routes)
+
+    async def add_neighbors(self, neighbors: Sequence[Neighbor]) -> None:
+        """Make these permanent neighbours."""
+        from katapy_agent import network
+
+        self._check_created()
+        await asyncio.to_thread(network.add_neighbors, neighbors)
 
     def container(self, container_id: str) -> Container:
         """Return a container. Raises NotFound."""
@@ -88,8 +130,7 @@ class Sandbox:
         check_id(container_id)
         if unknown := set(joined_types) - _JOINABLE:
             raise Unsupported(f"a container cannot share a namespace of type {min(unknown)[:32]!r}")
-        if not self._created:
-            raise InvalidState("there is no sandbox yet")
+        self._check_created()
         if container_id in self._containers:
             raise AlreadyExists(f"container {container_id!r} already exists")
         if len(self._containers) >= _CONTAINERS_MAX:
@@ -112,6 +153,22 @@ class Sandbox:
             raise InvalidState(f"container {container_id} is creating")
         await container.remove()
         self._containers.pop(container_id, None)
+
+    def _check_created(self) -> None:
+        if not self._created:
+            raise InvalidState("there is no sandbox yet")
+
+
+def _set_up_network(interfaces: Sequence[Interface], routes: Sequence[Route], neighbors: Sequence[Neighbor]) -> None:
+    from katapy_agent import network
+    from katapy_agent.routes import update_routes
+
+    network.check_interfaces(interfaces)
+    for interface in interfaces:
+        network.update_interface(interface)
+    update_routes(routes)
+    if neighbors:
+        network.add_neighbors(neighbors)
 
 
 def check_id(name: str) -> None:

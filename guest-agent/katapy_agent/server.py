@@ -9,8 +9,8 @@ import asyncio
 import dataclasses
 import socket
 import traceback
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, NoReturn
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from katapy_agent import agent_pb2 as pb
 from katapy_agent import config, machine, sandbox
@@ -24,6 +24,10 @@ from katapy_agent.process import Process
 from katapy_agent.reaper import Reaper
 from katapy_agent.rpc import Server, Status
 from katapy_agent.stdio import Streams
+
+if TYPE_CHECKING:  # as in sandbox
+    from katapy_agent.network import Interface, Neighbor
+    from katapy_agent.routes import Route
 
 _DETAILS_MAX: Final = 2048
 _RESOURCE_EXHAUSTED: Final = 8
@@ -47,11 +51,26 @@ class AgentService:
             shared_tag=request.shared_tag,
             time_ns=request.time_ns,
             entropy=request.entropy,
+            interfaces=[_interface(each) for each in request.interfaces],
+            routes=_routes(request.routes),
+            neighbors=_neighbors(request.neighbors),
         )
         return _EMPTY
 
     async def destroy_sandbox(self, _request: pb.Empty) -> pb.Empty:
         await self._sandbox.destroy()
+        return _EMPTY
+
+    async def update_interface(self, request: pb.UpdateInterfaceRequest) -> pb.Empty:
+        await self._sandbox.update_interface(_interface(request.interface))
+        return _EMPTY
+
+    async def update_routes(self, request: pb.UpdateRoutesRequest) -> pb.Empty:
+        await self._sandbox.update_routes(_routes(request.routes))
+        return _EMPTY
+
+    async def add_arp_neighbors(self, request: pb.AddARPNeighborsRequest) -> pb.Empty:
+        await self._sandbox.add_neighbors(_neighbors(request.neighbors))
         return _EMPTY
 
     async def create_container(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
@@ -178,6 +197,58 @@ def status_of(error: Exception) -> Status:
 
 def _streams(stdio: pb.Stdio) -> Streams:
     return Streams(stdio.terminal, stdio.stdin, stdio.stdout, stdio.stderr, stdio.rows, stdio.columns)
+
+
+def _interface(given: pb.Interface) -> Interface:
+    from katapy_agent.network import Interface, InterfaceAddress
+
+    addresses = tuple(
+        InterfaceAddress(each.address, each.prefix_length, each.peer, each.broadcast, each.scope, each.no_prefix_route)
+        for each in given.addresses
+    )
+    return Interface(
+        device=given.device,
+        name=given.name,
+        hardware_address=given.hardware_address,
+        mtu=given.mtu,
+        up=given.up,
+        no_arp=given.no_arp,
+        disable_ipv6=given.disable_ipv6,
+        addresses=addresses,
+    )
+
+
+def _routes(given: Iterable[pb.Route]) -> list[Route]:
+    return [_route(each) for each in given]
+
+
+def _route(given: pb.Route) -> Route:
+    from katapy_agent.routes import NextHop, Route
+
+    return Route(
+        family=given.family,
+        destination=given.destination,
+        prefix_length=given.prefix_length,
+        interface=given.interface,
+        gateway=given.gateway,
+        preferred_source=given.preferred_source,
+        metric=given.metric,
+        scope=given.scope,
+        table=given.table,
+        type=given.type,
+        protocol=given.protocol,
+        on_link=given.on_link,
+        mtu=given.mtu,
+        next_hops=tuple(NextHop(each.interface, each.gateway, each.weight, each.on_link) for each in given.next_hops),
+    )
+
+
+def _neighbors(given: Iterable[pb.Neighbor]) -> list[Neighbor]:
+    if not given:
+        return []
+    from katapy_agent.network import Neighbor
+
+    return [Neighbor(each.interface, each.address, each.hardware_address) for each in given]
 
 
 def _event(event: Event) -> pb.Event:
