@@ -55,24 +55,21 @@ class Helper:
         self._outside = outside
         self._netlink = Netlink()
         self._stack = ExitStack()
+        self._undo: dict[int, list[bytes]] = {}
         self.fds: list[int] = []
+
+    def undo(self) -> None:
+        """Undo what was done, but for what the known interfaces may send."""
+        for requests in self._undo.values():
+            for each in requests:
+                self._netlink.delete(each)
+        self._stack.close()
 
     def connect(self) -> dict[str, Any]:
         """Bring the taps in line with the interfaces, and return what there is; new descriptors are in ``fds``.
 
-        Raises KatapyError; nothing is changed then, but what the known interfaces may send.
+        Raises KatapyError, OSError.
         """
-        undo: dict[int, list[bytes]] = {}
-        try:
-            return self._connect(undo)
-        except BaseException:
-            for requests in undo.values():
-                for each in requests:
-                    self._netlink.delete(each)
-            self._stack.close()
-            raise
-
-    def _connect(self, undo: dict[int, list[bytes]]) -> dict[str, Any]:
         watching = None
         if not self._sink:
             watching = self._netlink.watch()
@@ -82,7 +79,7 @@ class Helper:
         added: list[dict[str, Any]] = []
         for _ in range(_SETTLE_ATTEMPTS):
             links = self._served()
-            interfaces = [self._serve(link, addresses, added, undo) for link, addresses in links]
+            interfaces = [self._serve(link, addresses, added) for link, addresses in links]
             if watching is not None:
                 _drain(watching)  # among it is our own doing, so look once more
             if self._served() == links:
@@ -96,7 +93,7 @@ class Helper:
         return {
             "network": network.to_json(),
             "added": added,
-            "undo": {index: [each.hex() for each in requests] for index, requests in undo.items()},
+            "undo": {index: [each.hex() for each in requests] for index, requests in self._undo.items()},
             "state": {"known": known, "sink": self._sink, "next_device": self._next},
         }
 
@@ -133,9 +130,7 @@ class Helper:
             raise Unsupported(f"cannot connect {link.name} to a VM: a link of type {what} is not supported")
         return True
 
-    def _serve(
-        self, link: Link, addresses: Sequence[Address], added: list[dict[str, Any]], undo: dict[int, list[bytes]]
-    ) -> Interface:
+    def _serve(self, link: Link, addresses: Sequence[Address], added: list[dict[str, Any]]) -> Interface:
         """Make the tap of an interface, or let it know the interface as it is now."""
         known = self._known.get(link.index)
         interface = Interface(
@@ -150,7 +145,7 @@ class Helper:
         )
         if known is None:
             try:
-                known = self._add(link, interface, added, undo)
+                known = self._add(link, interface, added)
             except OSError as error:
                 raise Unavailable(f"cannot connect {link.name} to a VM: {error.strerror}") from error
             self._next += 1
@@ -161,16 +156,14 @@ class Helper:
         self._known[link.index] = known
         return interface
 
-    def _add(
-        self, link: Link, interface: Interface, added: list[dict[str, Any]], undo: dict[int, list[bytes]]
-    ) -> dict[str, Any]:
+    def _add(self, link: Link, interface: Interface, added: list[dict[str, Any]]) -> dict[str, Any]:
         settings = self._settings
         self.remove_leftovers(link.index)
         name = f"{_PREFIX}{link.index}"
         queues = tap.open_tap(name, queues=settings["queues"], stack=self._stack)
         vhost = tap.open_vhost(settings["queues"], self._stack) if settings["vhost"] else []
         self.fds += queues + vhost
-        requests = undo.setdefault(link.index, [])
+        requests = self._undo.setdefault(link.index, [])
         index = self._up(name, mtu=link.mtu)
         self._allow(index, interface, link.index, fresh=True)
         if not self._is_shaped(link):
@@ -249,6 +242,12 @@ class Helper:
         except OSError:
             return False
 
+    def clean(self) -> dict[str, Any]:
+        """Remove what a supervisor that was killed has left."""
+        for link in self._netlink.links():
+            self.remove_leftovers(link.index)
+        return {}
+
 
 def _is_ours(name: str) -> bool:
     return name == _SINK or (name.startswith(_PREFIX) and name[len(_PREFIX) :].isdecimal())
@@ -283,18 +282,22 @@ def _drain(watching: socket.socket | None) -> None:
             _drain(watching)
 
 
-def _answer(request: Mapping[str, Any], namespace: int) -> tuple[dict[str, Any], list[int]]:
+def _answer(control: socket.socket, request: Mapping[str, Any], namespace: int) -> None:
     outside = Netlink()
     try:
         linux.setns(namespace, linux.CLONE_NEWNET)
     except OSError as error:
         raise InvalidArgument(f"cannot enter the pod's network namespace: {error.strerror}") from error
     helper = Helper(request, outside)
-    if request["clean"]:
-        for link in helper._netlink.links():
-            helper.remove_leftovers(link.index)
-        return {}, []
-    return helper.connect(), helper.fds
+    try:
+        answer = helper.clean() if request["clean"] else helper.connect()
+        encoded = json.dumps(answer).encode()
+        if len(encoded) > MESSAGE_MAX:
+            raise Unsupported("cannot give a VM that many addresses and routes")
+        socket.send_fds(control, [encoded], helper.fds)
+    except BaseException:
+        helper.undo()
+        raise
 
 
 def main() -> int:
@@ -303,17 +306,12 @@ def main() -> int:
     data, fds, _flags, _address = socket.recv_fds(control, MESSAGE_MAX, 1)
     if not data:
         return 0
-    handed: list[int] = []
     try:
         try:
-            answer, handed = _answer(json.loads(data), fds[0])
+            _answer(control, json.loads(data), fds[0])
         except OSError as error:
             raise Unavailable(f"cannot set up the pod's network: {error.strerror or error}") from error
-        encoded = json.dumps(answer).encode()
-        if len(encoded) > MESSAGE_MAX:
-            raise Unsupported("cannot give a VM that many addresses and routes")
     except KatapyError as error:
         said = {"error": str(error), "kind": type(error).__name__, "code": codes_of(error).rpc}
-        encoded, handed = json.dumps(said).encode(), []
-    socket.send_fds(control, [encoded], handed)
+        control.send(json.dumps(said).encode())
     os._exit(0)

@@ -178,7 +178,7 @@ class Netlink:
         IPv6's link-local ones, too: every kernel makes its own from the hardware address.
         """
         found: dict[int, list[Address]] = {}
-        for message in self._dump(_RTM_GETADDR, ifaddrmsg()):
+        for message in self._dump(_RTM_GETADDR, _of_any_family(ifaddrmsg())):
             flags = message.get_attr("IFA_FLAGS") or message["flags"]
             if not flags & _IFA_F_PERMANENT or flags & _IFA_F_TEMPORARY:
                 continue
@@ -204,7 +204,7 @@ class Netlink:
         What a kernel makes or learns by itself is left out: the local table, IPv6's link-local and multicast routes,
         routes that a router has advertised. Raises Unsupported for an encapsulation.
         """
-        routes = [self._route(message, names) for message in self._dump(_RTM_GETROUTE, rtmsg())]
+        routes = [self._route(message, names) for message in self._dump(_RTM_GETROUTE, _of_any_family(rtmsg()))]
         return [route for route in routes if route is not None]
 
     def _route(self, message: Any, names: dict[int, str]) -> Route | None:
@@ -250,7 +250,7 @@ class Netlink:
         """Return the permanent neighbours on the interfaces ``names``, by index."""
         return [
             Neighbour(names[message["ifindex"]], message.get_attr("NDA_DST"), message.get_attr("NDA_LLADDR"))
-            for message in self._dump(_RTM_GETNEIGH, ndmsg())
+            for message in self._dump(_RTM_GETNEIGH, _of_any_family(ndmsg()))
             if message["ifindex"] in names
             and message["state"] & _NUD_PERMANENT
             and message["family"] in (socket.AF_INET, socket.AF_INET6)
@@ -423,6 +423,11 @@ def delete_link(index: int) -> bytes:
     message = ifinfmsg()
     message["index"] = index
     return encode(_RTM_DELLINK, message)
+
+
+def _of_any_family(message: nlmsg) -> nlmsg:
+    message["family"] = socket.AF_UNSPEC
+    return message
 
 
 def _raise(flags: int, body: bytes) -> None:

@@ -250,9 +250,12 @@ def parse_spec(data: bytes, *, bundle: str, what: str = "config.json") -> Spec:
 
 
 def _check_joined(node: Node, spec: Spec) -> None:
-    """Refuse namespaces of the host that cannot be had in a VM: only a pod's containers can share theirs."""
+    """Refuse namespaces of the host that cannot be had in a VM: only a pod's containers can share theirs.
+
+    But the network is the VM's, which is connected to the namespace that is named.
+    """
     for index, namespace in enumerate(spec.linux.namespaces):
-        if not namespace.path:
+        if not namespace.path or (namespace.type == "network" and not spec.sandbox):
             continue
         path = node.child("namespaces").items()[index].child("path")
         if not spec.sandbox:

@@ -11,7 +11,7 @@ from typing import Final
 
 from katapy.config import Config
 from katapy.devices import Nic
-from katapy.errors import InvalidArgument, KatapyError, NotFound
+from katapy.errors import InvalidArgument, KatapyError, NotFound, Unsupported
 from katapy.interfaces import Network
 from katapy.network.pod import QUEUES_MAX, Change, Helper, PodNetwork, Settings, close_nic
 from katapy.sandbox.container import Container
@@ -73,13 +73,17 @@ class SandboxNetwork:
         """Return a descriptor of the namespace. Raises NotFound."""
         assert self._namespace is not None
         pid = self._container.init.host_pid
-        path = f"/proc/{pid}/ns/net" if pid else self._namespace.path
+        path = self._namespace.path or (f"/proc/{pid}/ns/net" if pid else "")
         if not path:
             raise NotFound(f"{self._container.id} has no process on the host that its network could be found by")
         try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise NotFound(f"cannot open the network namespace {path}: {error.strerror}") from error
+        if os.path.samestat(os.fstat(fd), os.stat("/proc/self/ns/net")):
+            os.close(fd)
+            raise Unsupported("cannot give a VM the host's own network: give the pod a network namespace, or none")
+        return fd
 
     def plugged(self) -> None:
         """Let go of descriptors that the VM has now."""

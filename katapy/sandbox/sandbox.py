@@ -419,8 +419,8 @@ class Sandbox:
         stdio = await self._open_streams(machine, process, names)
         # The network is the VM's, so every container of the pod has it already.
         bundle = self._container(process.container_id).bundle
-        types = bundle.spec.joined_namespaces
-        joined = (self.id, [kind for kind in types if kind != "network"]) if types else ("", ())
+        types = [kind for kind in bundle.spec.joined_namespaces if kind != "network"]
+        joined = (self.id, types) if types else ("", types)
         return await machine.agent.create_container(
             process.container_id, spec, stdio, bundle=bundle.path, joined=joined
         )
