@@ -39,7 +39,6 @@ _RTAX_MTU: Final = 2
 
 _RTM_F_CLONED: Final = 0x200
 _RTNH_F_ONLINK: Final = 4
-_RT_TABLE_COMPAT: Final = 252
 _RT_TABLE_MAIN: Final = 254
 _RT_TABLE_LOCAL: Final = 255
 _RTPROT_BOOT: Final = 3
@@ -295,11 +294,12 @@ def _gateway(attributes: Mapping[int, bytes]) -> bytes:
 
 def encode(form: Form) -> bytes:
     """Return the body of the message that adds a route."""
-    family, table = form.family, form.table
+    family = form.family
     several = len(form.hops) > 1
     flags = _RTNH_F_ONLINK if form.hops and not several and form.hops[0].on_link else 0
-    header = (family, form.prefix_length, 0, 0, table if table < 256 else _RT_TABLE_COMPAT)
-    body = _RTMSG.pack(*header, form.protocol, form.scope, form.type, flags) + attribute(_RTA_TABLE, table)
+    # The header's table has 8 bits, and does not count.
+    header = (family, form.prefix_length, 0, 0, 0, form.protocol, form.scope, form.type, flags)
+    body = _RTMSG.pack(*header) + attribute(_RTA_TABLE, form.table)
     if form.prefix_length:
         body += attribute(_RTA_DST, form.destination)
     if form.metric:
