@@ -31,9 +31,8 @@ class GuestDetails(_message.Message):
     def __init__(self, agent_version: _Optional[str] = ..., kernel_release: _Optional[str] = ..., kernel_version: _Optional[str] = ..., hostname: _Optional[str] = ..., vcpus: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., seccomp: _Optional[bool] = ..., cgroup_controllers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CreateSandboxRequest(_message.Message):
-    __slots__ = ("hostname", "resolv_conf", "shared_tag", "sandbox_id", "time_ns", "entropy", "interfaces", "routes", "neighbors")
+    __slots__ = ("hostname", "shared_tag", "sandbox_id", "time_ns", "entropy", "interfaces", "routes", "neighbors")
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
-    RESOLV_CONF_FIELD_NUMBER: _ClassVar[int]
     SHARED_TAG_FIELD_NUMBER: _ClassVar[int]
     SANDBOX_ID_FIELD_NUMBER: _ClassVar[int]
     TIME_NS_FIELD_NUMBER: _ClassVar[int]
@@ -42,7 +41,6 @@ class CreateSandboxRequest(_message.Message):
     ROUTES_FIELD_NUMBER: _ClassVar[int]
     NEIGHBORS_FIELD_NUMBER: _ClassVar[int]
     hostname: str
-    resolv_conf: str
     shared_tag: str
     sandbox_id: str
     time_ns: int
@@ -50,13 +48,21 @@ class CreateSandboxRequest(_message.Message):
     interfaces: _containers.RepeatedCompositeFieldContainer[Interface]
     routes: _containers.RepeatedCompositeFieldContainer[Route]
     neighbors: _containers.RepeatedCompositeFieldContainer[Neighbor]
-    def __init__(self, hostname: _Optional[str] = ..., resolv_conf: _Optional[str] = ..., shared_tag: _Optional[str] = ..., sandbox_id: _Optional[str] = ..., time_ns: _Optional[int] = ..., entropy: _Optional[bytes] = ..., interfaces: _Optional[_Iterable[_Union[Interface, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., neighbors: _Optional[_Iterable[_Union[Neighbor, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hostname: _Optional[str] = ..., shared_tag: _Optional[str] = ..., sandbox_id: _Optional[str] = ..., time_ns: _Optional[int] = ..., entropy: _Optional[bytes] = ..., interfaces: _Optional[_Iterable[_Union[Interface, _Mapping]]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., neighbors: _Optional[_Iterable[_Union[Neighbor, _Mapping]]] = ...) -> None: ...
 
 class UpdateInterfaceRequest(_message.Message):
     __slots__ = ("interface",)
     INTERFACE_FIELD_NUMBER: _ClassVar[int]
     interface: Interface
     def __init__(self, interface: _Optional[_Union[Interface, _Mapping]] = ...) -> None: ...
+
+class RelayResolverRequest(_message.Message):
+    __slots__ = ("address", "stream")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    address: bytes
+    stream: str
+    def __init__(self, address: _Optional[bytes] = ..., stream: _Optional[str] = ...) -> None: ...
 
 class UpdateRoutesRequest(_message.Message):
     __slots__ = ("routes",)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from katapy_agent import config, machine, storage
 from katapy_agent.container import Container, Services, State
-from katapy_agent.errors import AlreadyExists, InvalidArgument, InvalidState, NotFound, Unsupported, doing
+from katapy_agent.errors import AlreadyExists, InvalidArgument, InvalidState, NotFound, Unsupported
 from katapy_agent.stdio import Streams
 
 if TYPE_CHECKING:  # imported when there is a network: in a template they are there already
@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # imported when there is a network: in a template they are th
     from katapy_agent.routes import Route
 
 _ID: Final = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.+-]{1,128}")  # as the host has it, and runc
-_RESOLV_CONF_MAX: Final = 64 << 10
 _CONTAINERS_MAX: Final = 256
 # The network is the VM's, and shared by all.
 _JOINABLE: Final = frozenset(("ipc", "uts", "pid"))
@@ -31,12 +30,12 @@ class Sandbox:
         self._services = services
         self._containers: dict[str, Container] = {}
         self._created = False
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def create(
         self,
         *,
         hostname: str,
-        resolv_conf: str,
         shared_tag: str,
         time_ns: int = 0,
         entropy: bytes = b"",
@@ -50,8 +49,6 @@ class Sandbox:
         """
         if self._created:
             raise AlreadyExists("sandbox is already created")
-        if len(resolv_conf) > _RESOLV_CONF_MAX:
-            raise InvalidArgument(f"resolv.conf is longer than {_RESOLV_CONF_MAX} characters")
         self._created = True
         try:
             if entropy:
@@ -60,9 +57,6 @@ class Sandbox:
                 machine.set_time(time_ns)
             if hostname:
                 machine.set_hostname(hostname)
-            if resolv_conf:
-                with doing("write resolv.conf"):
-                    (storage.RUN / "resolv.conf").write_text(resolv_conf)
             # Both wait for devices that the host plugs in.
             parts: list[Awaitable[None]] = []
             if shared_tag:
@@ -106,6 +100,19 @@ class Sandbox:
 
         self._check_created()
         await asyncio.to_thread(network.add_neighbors, neighbors)
+
+    async def relay_resolver(self, address: bytes, stream: str) -> None:
+        """Listen for name queries at ``address``, and pass them over the host's ``stream``.
+
+        Raises InvalidArgument, AlreadyExists where that is done already, and what `Exchange.claim` raises.
+        """
+        from katapy_agent.resolver import Resolver
+
+        self._check_created()
+        resolver = Resolver(address, await self._services.exchange.claim(stream))
+        task = asyncio.create_task(resolver.run(), name="relay name queries")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def container(self, container_id: str) -> Container:
         """Return a container. Raises NotFound."""

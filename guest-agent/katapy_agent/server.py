@@ -47,7 +47,6 @@ class AgentService:
     async def create_sandbox(self, request: pb.CreateSandboxRequest) -> pb.Empty:
         await self._sandbox.create(
             hostname=request.hostname,
-            resolv_conf=request.resolv_conf,
             shared_tag=request.shared_tag,
             time_ns=request.time_ns,
             entropy=request.entropy,
@@ -71,6 +70,10 @@ class AgentService:
 
     async def add_arp_neighbors(self, request: pb.AddARPNeighborsRequest) -> pb.Empty:
         await self._sandbox.add_neighbors(_neighbors(request.neighbors))
+        return _EMPTY
+
+    async def relay_resolver(self, request: pb.RelayResolverRequest) -> pb.Empty:
+        await self._sandbox.relay_resolver(request.address, request.stream)
         return _EMPTY
 
     async def create_container(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:

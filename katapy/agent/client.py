@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -80,6 +81,11 @@ class AgentClient:
         """Add permanent neighbours."""
         request = agent_pb2.AddARPNeighborsRequest(neighbors=map(neighbour_message, neighbours))
         await self._call("AddARPNeighbors", request)
+
+    async def relay_resolver(self, address: str, stream: str) -> None:
+        """Have the guest pass name queries for ``address``, of its loopback, over the stream of this name."""
+        request = agent_pb2.RelayResolverRequest(address=socket.inet_aton(address), stream=stream)
+        await self._call("RelayResolver", request)
 
     async def destroy_sandbox(self, *, deadline: float) -> None:
         """End all containers and flush what they wrote. ``deadline`` in seconds."""

@@ -69,6 +69,12 @@ async def open_streams(
     return streams, stdio
 
 
+async def open_stream(connect: Connect) -> tuple[str, socket.socket]:
+    """Connect one more stream, and return the name to tell the guest. Raises Unavailable or Timeout."""
+    name = secrets.token_hex(16)
+    return name, await _open(connect, name)
+
+
 async def _open(connect: Connect, name: str) -> socket.socket:
     with ExitStack() as stack:
         sock = stack.enter_context(await connect(PORT))

@@ -74,8 +74,10 @@ class Helper:
         if not self._sink:
             watching = self._netlink.watch()
             self._stack.callback(watching.close)
+            datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._stack.callback(datagrams.close)
             self._make_sink()
-            self.fds = [watching.fileno(), self._netlink.fileno(), *self.fds]
+            self.fds = [watching.fileno(), self._netlink.fileno(), datagrams.fileno(), *self.fds]
         added: list[dict[str, Any]] = []
         for _ in range(_SETTLE_ATTEMPTS):
             links = self._served()

@@ -121,6 +121,8 @@ class PodNetwork:
         self._watching: socket.socket | None = None
         self._requests: socket.socket | None = None
         self.network = Network()
+        self.datagrams: socket.socket | None = None
+        """An unconnected UDP socket in the namespace."""
 
     async def connect(self, helper: Helper) -> tuple[Nic, ...]:
         """Connect what the namespace has now, and return its NICs, whose descriptors are the caller's to close.
@@ -131,9 +133,12 @@ class PodNetwork:
         with ExitStack() as stack:
             for fd in fds:
                 stack.callback(os.close, fd)
-            watching, requests, sink, *taps = fds
+            watching, requests, datagrams, sink, *taps = fds
             self._watching = socket.socket(fileno=os.dup(watching))
             self._requests = socket.socket(fileno=os.dup(requests))
+            self.datagrams = socket.socket(fileno=os.dup(datagrams))
+            self.datagrams.setblocking(False)
+            self._stack.callback(self.datagrams.close)
             self._stack.callback(os.close, os.dup(sink))
             return self._take(answer, [os.dup(fd) for fd in taps])
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
+import socket
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
+from katapy.agent.stdio import open_stream
 from katapy.config import Config
 from katapy.devices import Nic
 from katapy.errors import InvalidArgument, KatapyError, NotFound, Unsupported
@@ -16,6 +19,7 @@ from katapy.interfaces import Network
 from katapy.network.pod import QUEUES_MAX, Change, Helper, PodNetwork, Settings, close_nic
 from katapy.sandbox.container import Container
 from katapy.sandbox.machine import Machine
+from katapy.sandbox.resolver import find_resolver, relay
 from katapy.timing import phase
 
 log = logging.getLogger(__name__)
@@ -38,6 +42,7 @@ class SandboxNetwork:
         self._container = container
         self._helper: Helper | None = None
         self._pod: PodNetwork | None = None
+        self._relay: asyncio.Task[None] | None = None
         self._nics: Sequence[Nic] = ()
         self._settings = settings(config, container.bundle.spec.annotations, vcpus=vcpus)
         self._namespace = container.bundle.spec.linux.namespace("network")
@@ -95,8 +100,16 @@ class SandboxNetwork:
         """Keep the VM's network like the namespace's, for as long as the machine runs."""
         if self._pod is None:
             return
-        before = self._pod.network
-        async for change in self._pod.changes():
+        try:
+            await self._follow(machine, self._pod)
+        finally:
+            if self._relay is not None:
+                self._relay.cancel()
+                await asyncio.wait([self._relay])
+
+    async def _follow(self, machine: Machine, pod: PodNetwork) -> None:
+        before = pod.network
+        async for change in pod.changes():
             try:
                 await self._apply(machine, before, change)
             except KatapyError as error:
@@ -107,6 +120,23 @@ class SandboxNetwork:
                 for nic in change.added:
                     close_nic(nic)
             before = change.network
+            # docker's resolver comes with the first network that has one.
+            await self.resolve(machine)
+
+    async def resolve(self, machine: Machine) -> None:
+        """Relay name queries, where a resolver of the namespace's loopback is to be asked."""
+        pod = self._pod
+        if pod is None or pod.datagrams is None or self._relay is not None:
+            return
+        address = await asyncio.to_thread(find_resolver, self._container.bundle.spec)
+        if not address:
+            return
+        try:
+            name, stream = await open_stream(machine.connect)
+            self._relay = asyncio.create_task(_relay(stream, pod.datagrams, address), name="relay name queries")
+            await machine.guarded(machine.agent.relay_resolver(address, name))
+        except KatapyError as error:
+            log.warning("%s: cannot relay name queries to %s: %s", self._container.id, address, error)
 
     async def _apply(self, machine: Machine, before: Network, change: Change) -> None:
         for device in change.removed:
@@ -131,6 +161,11 @@ class SandboxNetwork:
         if self._pod is not None:
             with phase("leave the network"):
                 self._pod.close()
+
+
+async def _relay(stream: socket.socket, datagrams: socket.socket, address: str) -> None:
+    with stream:
+        await relay(stream, datagrams, address)
 
 
 def settings(config: Config, annotations: Mapping[str, str], *, vcpus: int) -> Settings:

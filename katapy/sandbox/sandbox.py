@@ -394,6 +394,7 @@ class Sandbox:
             await machine.guarded(
                 machine.agent.create_sandbox(self.id, hostname=hostname, shared_tag=TAG, network=network.network)
             )
+        await network.resolve(machine)
         return machine, network
 
     def _size(self, container: Container) -> Size:
