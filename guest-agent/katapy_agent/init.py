@@ -50,6 +50,7 @@ def _run() -> None:
     storage.mount_root_file_systems()
     _take_console()
     machine.loopback_up()
+    machine.trust_addresses()
     machine.raise_pid_max()
     _write("/proc/self/oom_score_adj", b"-1000")
     gc.freeze()

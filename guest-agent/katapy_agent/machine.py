@@ -91,6 +91,14 @@ def raise_pid_max() -> None:
             _PID_MAX.write_text("32768")
 
 
+def trust_addresses() -> None:
+    """Use IPv6 addresses at once: whether anybody else does, the host has asked. Raises KatapyError."""
+    path = Path("/proc/sys/net/ipv6/conf/default/accept_dad")
+    if path.exists():
+        with doing("set net.ipv6.conf.default.accept_dad"):
+            path.write_text("0")
+
+
 def loopback_up() -> None:
     """Bring the loopback interface up (netdevice(7)). Raises KatapyError."""
     with doing("bring loopback up"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as anything:

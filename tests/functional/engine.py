@@ -122,8 +122,9 @@ class Engine:
         return self("podman", "--runtime", "katapy", *args, stdin=stdin, check=check)
 
     def create(self, verb: str, *args: str | Path, runtime: str = "katapy") -> list[str]:
-        """Return podman's arguments to ``run`` or ``create`` a container without a network in the test's cgroup."""
-        common = (verb, "--network", "none", "--cgroup-parent", self.cgroup)
+        """Return podman's arguments to ``run`` or ``create`` a container, by itself without a network."""
+        network = () if "--network" in args else ("--network", "none")
+        common = (verb, *network, "--cgroup-parent", self.cgroup)
         return ["podman", "--runtime", runtime, *common, *map(str, args)]
 
     def run(self, *args: str | Path, stdin: str | int | None = None, check: bool = True) -> Done:

@@ -13,7 +13,7 @@ import select
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -286,6 +286,47 @@ def test_volumes(engine: Engine) -> None:
     assert (read / "file").read_text() == "read"
     status = (write / "new").stat()
     assert (status.st_uid, status.st_gid, os.listdir(write)) == (7, 8, ["new"])
+
+
+@pytest.fixture
+def elsewhere(engine: Engine) -> Iterator[Callable[..., Done]]:
+    """Run programs on a host of their own, as far as networks go: podman leaves a bridge and rules behind."""
+    name = f"katapy-podman-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+
+    def run(*argv: str | Path, check: bool = True) -> Done:
+        return engine("nsenter", f"--net=/run/netns/{name}", "--", *argv, check=check)
+
+    yield run
+    subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+def test_networks(engine: Engine, elsewhere: Callable[..., Done]) -> None:
+    """Podman's own network and one of the user's, as with runc; and a published port."""
+    facts = """
+        ip addr show eth0 | grep -w inet | sed 's/[.][0-9]*[/]/.N\\//'
+        ip route | sed 's/src .*//'; cat /sys/class/net/eth0/mtu; ls /sys/class/net
+        grep -c "$(hostname -i)" /etc/hosts
+    """
+    elsewhere("podman", "network", "create", "--subnet", "10.79.0.0/24", "own")
+    for network in ("podman", "own"):
+        said = []
+        for runtime in ("runc", "katapy"):
+            options = ("--rm", "--network", network, "--rootfs", engine.rootfs, "sh", "-c", facts)
+            done = elsewhere(*engine.create("run", *options, runtime=runtime), check=False)
+            if done.status and runtime == "runc":
+                pytest.skip(f"podman cannot run runc with a network on this machine either: {done.err.strip()}")
+            said.append(done.out)
+        assert said[0] == said[1]
+        assert "eth0" in said[0]
+    web = ("--detach", "--name", "web", "--network", "own", "--publish", "8081:80", "--rootfs", engine.rootfs)
+    elsewhere(*engine.create("run", *web, "httpd", "-f", "-p", "80", "-h", "/etc"))
+    page = ("busybox", "wget", "-q", "-O-", "http://127.0.0.1:8081/passwd")
+    elsewhere("sh", "-c", 'until "$@" > /dev/null 2>&1; do sleep 0.1; done', "sh", *page)
+    assert elsewhere(*page).out == Path(engine.rootfs, "etc/passwd").read_text()
+    elsewhere("podman", "rm", "--force", "--time", "0", "web")
+    elsewhere("podman", "network", "rm", "own")
 
 
 def test_buildah(engine: Engine) -> None:
