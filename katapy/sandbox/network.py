@@ -46,7 +46,9 @@ class SandboxNetwork:
         self._nics: Sequence[Nic] = ()
         self._settings = settings(config, container.bundle.spec.annotations, vcpus=vcpus)
         self._namespace = container.bundle.spec.linux.namespace("network")
-        if self._namespace is not None and config.network.model != "none":
+        if self._namespace is None:
+            log.warning("%s: a VM cannot share the host's network: it has loopback only", container.id)
+        elif config.network.model != "none":
             self._helper = Helper()
 
     @property
