@@ -20,7 +20,6 @@ class Plan:
     stream_bytes: int = 256 << 20
     file_bytes: int = 64 << 20
     reads: int = 4096
-    transfer_seconds: int = 4
     round_trips: int = 2000
 
 
@@ -32,7 +31,6 @@ QUICK = Plan(
     stream_bytes=64 << 20,
     file_bytes=32 << 20,
     reads=2048,
-    transfer_seconds=2,
     round_trips=500,
 )
 

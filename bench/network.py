@@ -36,6 +36,7 @@ _HOSTS: Final = {_BARE: 2, _KATAPY: 3, _RUNC: 4}
 _ALONE: Final = 5
 _DIRECTIONS: Final[dict[str, tuple[str, ...]]] = {"to": (), "from": ("--reverse",)}
 _DEADLINE: Final = 60.0
+_SECONDS: Final = 3  # of each transfer
 _UNMEASURED: Final = 20  # round trips, until everything has been used once
 _EMPTY: Final = "run true, katapy warm, no interface"
 _ONE: Final = "run true, katapy warm, one interface"
@@ -85,7 +86,7 @@ def measure(bench: Bench) -> Recorder:
     with lan.bridge():
         _measure_starts(recorder, bench)
         with _servers(bench, Path(program)) as addresses:
-            for _ in range(bench.plan.long_runs):
+            for _ in range(bench.plan.runs):
                 _measure_traffic(recorder, bench, addresses)
     return recorder
 
@@ -152,10 +153,10 @@ def _measure_traffic(recorder: Recorder, bench: Bench, addresses: Mapping[str, s
         if name == _KATAPY and _RUNC in addresses:
             recorder.add(f"{what}, {name}: to runc", value, beside=f"{what}, {_RUNC}", moved=moved)
 
-    idle = _idle_load(bench.plan.transfer_seconds)
+    idle = _idle_load()
     for direction, options in _DIRECTIONS.items():
         for name, address in addresses.items():
-            transfer, busy = _transfer(address, bench.plan.transfer_seconds, options, idle)
+            transfer, busy = _transfer(address, options, idle)
             gigabits = transfer.bytes / _GIGABIT
             add(f"TCP {direction} the pod", name, transfer.seconds / gigabits, moved=_GIGABIT)
             add(f"CPU per gigabit {direction} the pod", name, busy / gigabits)
@@ -165,12 +166,12 @@ def _measure_traffic(recorder: Recorder, bench: Bench, addresses: Mapping[str, s
         add("round trip p99", name, statistics.quantiles(times, n=100, method="inclusive")[-1])
 
 
-def _transfer(address: str, seconds: int, options: tuple[str, ...], idle: float) -> tuple[Transfer, float]:
-    """Move bytes for so many seconds; return what was moved, and the seconds of CPU that took.
+def _transfer(address: str, options: tuple[str, ...], idle: float) -> tuple[Transfer, float]:
+    """Move bytes for a while; return what was moved, and the seconds of CPU that took.
 
     These are the whole machine's, without ``idle`` of them a second, which it takes anyway.
     """
-    argv = ["iperf3", "--json", "--client", address, "--time", str(seconds), *options]
+    argv = ["iperf3", "--json", "--client", address, "--time", str(_SECONDS), *options]
     busy, began = _busy(), time.monotonic()
     with started(argv, pipes=True) as process:
         assert process.stdout is not None
@@ -178,10 +179,10 @@ def _transfer(address: str, seconds: int, options: tuple[str, ...], idle: float)
     return transfer, _busy() - busy - idle * (time.monotonic() - began)
 
 
-def _idle_load(seconds: float) -> float:
+def _idle_load() -> float:
     """Return how many CPUs are busy while nothing is measured."""
     busy, began = _busy(), time.monotonic()
-    time.sleep(seconds)
+    time.sleep(_SECONDS)
     return (_busy() - busy) / (time.monotonic() - began)
 
 
@@ -192,12 +193,15 @@ def _busy() -> float:
 def _round_trips(address: str, count: int) -> list[float]:
     """Return the seconds until each of so many bytes is back."""
     times = []
-    with socket.create_connection((address, _ECHO_PORT), timeout=_DEADLINE) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for _ in range(_UNMEASURED + count):
-            began = time.perf_counter()
-            connection.sendall(b"\n")
-            if not connection.recv(1):
-                raise BenchError(f"{address} has hung up")
-            times.append(time.perf_counter() - began)
+    try:
+        with socket.create_connection((address, _ECHO_PORT), timeout=_DEADLINE) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(_UNMEASURED + count):
+                began = time.perf_counter()
+                connection.sendall(b"\n")
+                if not connection.recv(1):
+                    raise BenchError(f"{address} has hung up")
+                times.append(time.perf_counter() - began)
+    except OSError as error:
+        raise BenchError(f"{address} does not answer: {error}") from error
     return times[_UNMEASURED:]
