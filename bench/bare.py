@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -27,10 +27,12 @@ from programs import say_ready
 
 from katapy.assets import Kernel
 from katapy.config import Config
-from katapy.devices import Disk
+from katapy.devices import Disk, Nic
 from katapy.hypervisor import VmConfig
 from katapy.hypervisor.accel import Acceleration
 from katapy.hypervisor.qemu import start_vm
+from katapy.network.pod import QUEUES_MAX
+from katapy.network.tap import open_tap, open_vhost
 from katapy.storage.virtiofs import find_virtiofsd, start_virtiofsd
 
 _TAG: Final = "bench"
@@ -45,16 +47,29 @@ cd /work
 $b sh /work/workload.sh > /work/output 2>&1
 $b poweroff -f
 """
+_HARDWARE_ADDRESS: Final = "02:00:00:00:00:01"
+# It can be plugged into once this has said that it is ready.
+_SERVING_INIT: Final = """#!/bin/busybox sh
+b=/bin/busybox
+$b mount -t proc proc /proc
+$b mount -t tmpfs tmpfs /tmp
+[ -c /dev/ttyS1 ] || $b mount -t devtmpfs devtmpfs /dev
+echo ready > /dev/ttyS1
+until $b ip link set eth0 up 2>/dev/null; do $b sleep 0.1; done
+$b ip address add {address} dev eth0
+export PATH=/bin:/usr/bin
+{commands}
+"""
 
 
 _T = TypeVar("_T")
 
 
-def _run(work: Coroutine[Any, Any, _T]) -> _T:
+def _run(work: Coroutine[Any, Any, _T], run: Callable[[Coroutine[Any, Any, _T]], _T] = asyncio.run) -> _T:
     """Run ``work`` to its end, or cancel it on Ctrl-C: asyncio does that itself where the default handler is set."""
     previous: Any = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return asyncio.run(work)
+        return run(work)
     except KeyboardInterrupt:
         previous = signal.SIG_IGN  # what is cleaned up now must not be cut short
         raise
@@ -94,6 +109,32 @@ class BareVm:
         """Run ``workload.sh`` of the directory ``share``, mounted by virtio-fs, and return what it printed."""
         _run(self._work(share))
         return (share / "output").read_text()
+
+    @contextmanager
+    def serving(self, rootfs: Path, address: str, commands: str, *, tap: str) -> Iterator[None]:
+        """Run ``commands`` on the root file system ``rootfs`` until the context ends, with a NIC like katapy's: eth0.
+
+        ``address`` is its own, with the prefix; ``tap`` is the name of what is made for it on the host.
+        """
+        init = _SERVING_INIT.format(address=address, commands=commands).encode()
+        config = replace(self._vm, devices=(self._make_disk("serving", rootfs, init),))
+        with asyncio.Runner() as runner:
+            stack = AsyncExitStack()
+            try:
+                _run(self._serve(config, tap, stack), runner.run)
+                yield
+            finally:
+                runner.run(stack.aclose())
+
+    async def _serve(self, config: VmConfig, tap: str, stack: AsyncExitStack) -> None:
+        console = self._directory / "console.log"
+        vm = await stack.enter_async_context(start_vm(config, name="bench", console_path=console))
+        await vm.wait_ready(_DEADLINE)
+        queues = min(config.vcpus, QUEUES_MAX)
+        with ExitStack() as ours:
+            taps = open_tap(tap, queues=queues, stack=ours)
+            vhosts = open_vhost(queues, ours) if self._config.network.vhost else []
+            await vm.plug([Nic(_HARDWARE_ADDRESS, tuple(taps), tuple(vhosts))])
 
     async def _boot(self, idle: Callable[[int], None]) -> float:
         began = time.monotonic()

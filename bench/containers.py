@@ -176,8 +176,11 @@ class Bundles:
         self._directory = directory
         self._numbers = itertools.count(1)
 
-    def make(self, *args: str, work: Path | None = None) -> Path:
-        """Return a new bundle whose process has these arguments; ``work`` is to be /work, with /tmp in memory."""
+    def make(self, *args: str, work: Path | None = None, network: Path | None = None) -> Path:
+        """Return a new bundle whose process has these arguments.
+
+        ``work`` is to be /work, ``network`` its network namespace; with either, /tmp is in memory.
+        """
         bundle = self._directory / f"bundle{next(self._numbers)}"
         bundle.mkdir()
         spec: dict[str, Any] = default_spec()
@@ -186,8 +189,12 @@ class Bundles:
         if work is not None:
             spec["mounts"] += [
                 {"destination": "/work", "type": "bind", "source": str(work), "options": ["rbind", "rw"]},
-                {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
             ]
+        if network is not None:
+            namespaces = [each for each in spec["linux"]["namespaces"] if each["type"] != "network"]
+            spec["linux"]["namespaces"] = [*namespaces, {"type": "network", "path": str(network)}]
+        if work is not None or network is not None:
+            spec["mounts"].append({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"})
         (bundle / "config.json").write_text(json.dumps(spec))
         return bundle
 

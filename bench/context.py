@@ -20,10 +20,18 @@ class Plan:
     stream_bytes: int = 256 << 20
     file_bytes: int = 64 << 20
     reads: int = 4096
+    round_trips: int = 2000
 
 
 QUICK = Plan(
-    runs=3, long_runs=2, at_once=(1, 2), pods=(1, 3, 5), stream_bytes=64 << 20, file_bytes=32 << 20, reads=2048
+    runs=3,
+    long_runs=2,
+    at_once=(1, 2),
+    pods=(1, 3, 5),
+    stream_bytes=64 << 20,
+    file_bytes=32 << 20,
+    reads=2048,
+    round_trips=500,
 )
 
 

@@ -103,6 +103,7 @@ def draw(document: dict[str, Any], directory: Path) -> None:
         _Ratios(
             "virtio-fs: how many times as long as the same virtiofsd without katapy", _compared(series, "virtiofs")
         ),
+        _Ratios("Networks: how many times as much as a bare VM on the same bridge", _traffic(series)),
     ]
     if shown := [panel for panel in panels if panel.bars > 1]:
         _save(shown, directory)
@@ -140,6 +141,11 @@ def _start(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a user waits for; not the verbs alone, and not many at once."""
     names = ("run true", "first byte", "create and start")
     return [each for each in _compared(series, "start") if each["name"].startswith(names)]
+
+
+def _traffic(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what stands beside a bare VM; not starts."""
+    return [each for each in _compared(series, "network") if each["beside"].endswith(", bare VM")]
 
 
 def _memory(series: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

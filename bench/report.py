@@ -19,6 +19,7 @@ _TITLES: Final = {
     "memory": "Memory of an idle pod on the host (PSS)",
     "streams": "Streams",
     "virtiofs": "virtio-fs",
+    "network": "Networks",
     "cli": "Small verbs",
 }
 

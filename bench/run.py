@@ -30,6 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import cli
 import machine
 import memory
+import network
 import plot
 import report
 import start
@@ -51,8 +52,8 @@ _DOCS: Final = _HERE.parent / "docs"
 _RESULTS: Final = _HERE / "results"
 _BASELINE: Final = _RESULTS / "baseline.json"
 _PICTURE: Final = """\
-![Bars: starts of katapy and runc in times of a bare VM, memory of a pod by part, streams, virtio-fs: the medians of the
-tables below](images/performance.svg)
+![Bars: starts of katapy and runc in times of a bare VM, memory of a pod by part, streams, virtio-fs, networks: medians
+of the tables below](images/performance.svg)
 
 The same picture as [PNG](images/performance.png).
 """
@@ -61,6 +62,7 @@ _GROUPS: Final[dict[str, tuple[Callable[[Bench], Recorder], ...]]] = {
     "memory": (memory.measure,),
     "streams": (streams.measure,),
     "virtiofs": (virtiofs.measure,),
+    "network": (network.measure,),
     "cli": (cli.measure,),
 }
 
