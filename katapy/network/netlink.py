@@ -26,7 +26,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg  # noqa: E402
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg  # noqa: E402
 from pyroute2.netlink.rtnl.ndmsg import ndmsg  # noqa: E402
 from pyroute2.netlink.rtnl.rtmsg import rtmsg  # noqa: E402
-from pyroute2.netlink.rtnl.tcmsg import sched_tbf, tcmsg  # noqa: E402
+from pyroute2.netlink.rtnl.tcmsg import tcmsg  # noqa: E402
 
 IFF_UP: Final = 0x1
 IFF_NOARP: Final = 0x80
@@ -133,8 +133,16 @@ class _U32(nla):  # type: ignore[misc]
                 nla_map = (("TCA_MIRRED_UNSPEC", "none"), ("TCA_MIRRED_TM", "cdata"), ("TCA_MIRRED_PARMS", "cdata"))
 
 
+class _Tbf(nla):  # type: ignore[misc]
+    """The options of a tbf: with the library's own, no rate of 4 GiB a second and none below 250 bytes fits."""
+
+    nla_map = (("TCA_TBF_UNSPEC", "none"), ("TCA_TBF_PARMS", "cdata"), ("TCA_TBF_RTAB", "cdata"),
+               ("TCA_TBF_PTAB", "cdata"), ("TCA_TBF_RATE64", "uint64"), ("TCA_TBF_PRATE64", "uint64"),
+               ("TCA_TBF_BURST", "uint32"))  # fmt: skip
+
+
 class _Filter(nlmsg):  # type: ignore[misc]
-    """A message about a filter (struct tcmsg), of which only u32 ones have options that are read."""
+    """A message about a filter or a qdisc (struct tcmsg), of which only those made here have options that are read."""
 
     prefix = "TCA_"
     fields = tcmsg.fields
@@ -142,12 +150,15 @@ class _Filter(nlmsg):  # type: ignore[misc]
 
     @staticmethod
     def get_options(self: Any, *_arguments: Any, **_more: Any) -> Any:
-        return _U32 if self.get_attr("TCA_KIND") == "u32" else self.cdata
+        return {"u32": _U32, "tbf": _Tbf}.get(self.get_attr("TCA_KIND"), self.cdata)
 
 
 _MIRRED: Final = struct.Struct("=IIiiiiI")  # struct tc_mirred: index, capab, action, refcnt, bindcnt, eaction, ifindex
 _SELECTOR: Final = struct.Struct("=BBBxHHhhI")  # struct tc_u32_sel
 _KEY: Final = struct.Struct("=4s4sii")  # struct tc_u32_key: mask, value, offset, offset mask
+# struct tc_tbf_qopt: its rate's last member, a peak rate (none), limit, buffer, mtu (told otherwise, none)
+_TBF: Final = struct.Struct("=8xI12xIII")
+_U32_MAX: Final = 0xFFFF_FFFF
 
 
 class Netlink:
@@ -219,6 +230,9 @@ class Netlink:
             return None
         interface = names.get(message.get_attr("RTA_OIF") or 0, "")
         hops = message.get_attr("RTA_MULTIPATH") or []
+        if any(each.get_attr("RTA_ENCAP_TYPE") for each in (message, *hops)):
+            where = interface or next((names[hop["oif"]] for hop in hops if hop["oif"] in names), "")
+            raise Unsupported(f"cannot connect {where}: its route to {destination or 'default'} is encapsulated")
         next_hops = tuple(
             NextHop(names[hop["oif"]], _gateway(hop), hop["hops"] + 1, bool(hop["flags"] & _RTNH_F_ONLINK))
             for hop in hops
@@ -226,8 +240,6 @@ class Netlink:
         )
         if message["type"] == 1 and not interface and not next_hops:
             return None
-        if message.get_attr("RTA_ENCAP_TYPE"):
-            raise Unsupported(f"cannot connect {interface}: its route to {destination or 'default'} is encapsulated")
         metrics = message.get_attr("RTA_METRICS")
         return Route(
             family=family,
@@ -316,11 +328,15 @@ class Netlink:
 
     def add_rate(self, index: int, handle: int, *, rate: int, burst: int, limit: int) -> None:
         """Limit what goes out at an interface: ``rate`` in bytes a second, ``burst`` and what waits in bytes (tbf)."""
-        message = tcmsg()
+        message = _Filter()
         message["index"], message["handle"], message["parent"] = index, handle, ROOT
-        options = sched_tbf.get_parameters({"rate": rate, "burst": burst, "limit": limit})
-        # Rates of 4 GiB a second and more do not fit where the library puts them, and limit nothing here.
-        message["attrs"] = [("TCA_KIND", "tbf"), ("TCA_OPTIONS", options)]
+        parameters = _TBF.pack(min(rate, _U32_MAX), min(limit, _U32_MAX), 0, 0)
+        options = [
+            ("TCA_TBF_PARMS", parameters),
+            ("TCA_TBF_RATE64", rate),
+            ("TCA_TBF_BURST", min(burst, _U32_MAX)),
+        ]
+        message["attrs"] = [("TCA_KIND", "tbf"), ("TCA_OPTIONS", {"attrs": options})]
         self._request(_RTM_NEWQDISC, message, _NLM_F_CREATE | _NLM_F_EXCL)
 
     def add_filter(self, index: int, qdisc: str, each: Filter) -> None:

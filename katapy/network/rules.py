@@ -28,6 +28,7 @@ _EXTENSIONS: Final = (_HOP_BY_HOP, 43, 44, 60)
 _HOP_LIMIT_MAX: Final = 255  # what neighbour discovery demands, and hardly anything else has
 _METADATA: Final = ("169.254.169.254", "fd00:ec2::254")
 _ONES: Final = 0xFFFF_FFFF
+PRIORITIES: Final = 4  # the filters have those from 1 to this
 
 Keys = tuple[Key, ...]
 
