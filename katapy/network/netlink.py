@@ -56,6 +56,7 @@ _GROUPS: Final = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_ of links, ne
 _IFA_F_TEMPORARY, _IFA_F_PERMANENT, _IFA_F_NOPREFIXROUTE = 0x01, 0x80, 0x200
 _NUD_PERMANENT: Final = 0x80
 _RT_TABLE_LOCAL: Final = 255
+_RT_SCOPE_LINK: Final = 253
 _RTM_F_CLONED: Final = 0x200
 _RTNH_F_ONLINK: Final = 4
 _RTPROT_RA: Final = 9
@@ -191,9 +192,12 @@ class Netlink:
         found: dict[int, list[Address]] = {}
         for message in self._dump(_RTM_GETADDR, _of_any_family(ifaddrmsg())):
             flags = message.get_attr("IFA_FLAGS") or message["flags"]
-            if not flags & _IFA_F_PERMANENT or flags & _IFA_F_TEMPORARY:
+            if not flags & _IFA_F_PERMANENT:
                 continue
-            if message["family"] == socket.AF_INET6 and message["scope"] == 253:  # RT_SCOPE_LINK
+            # Of IPv4, the same flag says that an address is not the first of its network.
+            if message["family"] == socket.AF_INET6 and (
+                flags & _IFA_F_TEMPORARY or message["scope"] == _RT_SCOPE_LINK
+            ):
                 continue
             other = message.get_attr("IFA_ADDRESS")
             local = message.get_attr("IFA_LOCAL") or other
@@ -344,9 +348,9 @@ class Netlink:
         message = _Filter()
         message["index"], message["parent"] = index, _FILTER_PARENTS[qdisc]
         message["info"] = each.priority << 16 | socket.htons(each.protocol)
-        keys = each.keys or (Key(0, 0, 0),)
-        selector = _SELECTOR.pack(_TC_U32_TERMINAL, 0, len(keys), 0, 0, 0, 0, 0)
-        for key in keys:
+        # Without keys it matches every frame, a key that compares no bit only one that has four bytes.
+        selector = _SELECTOR.pack(_TC_U32_TERMINAL, 0, len(each.keys), 0, 0, 0, 0, 0)
+        for key in each.keys:
             selector += _KEY.pack(key.mask.to_bytes(4, "big"), key.value.to_bytes(4, "big"), key.offset, 0)
         parameters = _MIRRED.pack(0, 0, _TC_ACT_STOLEN, 0, 0, _MIRRED_EGRESS_REDIRECT, each.target)
         mirred = {"attrs": [("TCA_MIRRED_PARMS", parameters)]}

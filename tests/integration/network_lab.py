@@ -65,6 +65,8 @@ class Lab:
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack
         self.pod, self.wire = (self.namespace(each) for each in ("pod", "wire"))
+        # What arrives from there is the test's.
+        run("ip", "netns", "exec", self.wire, "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
 
     def namespace(self, suffix: str) -> str:
         name = f"katapy-test-{os.getpid()}-{suffix}"
@@ -99,8 +101,8 @@ class Lab:
         self.ip(f"link add name {name} mtu {mtu} address {mac} type veth peer name {peer} mtu {mtu} netns {self.wire}")
         for each in addresses:
             self.ip(f"addr add {each} dev {name}")
-        self.ip(f"link set {name} up")
-        self.ip(f"link set {peer} up", namespace=self.wire)
+        self.ip(f"link set dev {name} up")
+        self.ip(f"link set dev {peer} up", namespace=self.wire)
         self.until(lambda: self.link(name)["operstate"] == "UP")
 
     def link(self, name: str) -> dict[str, Any]:
@@ -160,7 +162,8 @@ class Lab:
             "neighbours": self.ip("neigh show nud permanent"),
             "qdiscs": re.sub("direct_packets_stat [0-9]+", "", self.tc("qdisc")),
             "filters": {
-                (name, place): self.tc(f"filter show dev {name} {place}")
+                # As it is shown the first time, and no more once anybody has asked for it by its parent.
+                (name, place): self.tc(f"filter show dev {name} {place}").replace("parent ffff: ", "")
                 for name in links
                 for place in ("ingress", "egress", "root")
             },

@@ -94,7 +94,7 @@ async def test_several_interfaces_in_their_order(lab: Lab) -> None:
     names = ["net1", "eth0", "a", "interface-of-15"]
     for number, name in enumerate(names):
         lab.veth(name, f"p{number}", f"10.{number}.0.2/24", mac=f"02:00:00:00:00:{number:02x}")
-    lab.ip("link set a down")
+    lab.ip("link set dev a down")
     lab.ip("link set net1 arp off")
     in_namespace(lab.pod, lambda: Path("/proc/sys/net/ipv6/conf/eth0/disable_ipv6").write_text("1"))
     connection = await lab.connect()
