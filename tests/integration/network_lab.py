@@ -162,10 +162,11 @@ class Lab:
             "neighbours": self.ip("neigh show nud permanent"),
             "qdiscs": re.sub("direct_packets_stat [0-9]+", "", self.tc("qdisc")),
             "filters": {
-                # As it is shown the first time, and no more once anybody has asked for it by its parent.
-                (name, place): self.tc(f"filter show dev {name} {place}").replace("parent ffff: ", "")
+                # Where a filter is, is shown one time so and one time so.
+                (name, place): re.sub("filter (ingress |parent ffff: )", "filter ", shown)
                 for name in links
                 for place in ("ingress", "egress", "root")
+                for shown in [self.tc(f"filter show dev {name} {place}")]
             },
             "sysctls": in_namespace(self.pod, sysctls),
         }
