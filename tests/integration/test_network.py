@@ -471,6 +471,19 @@ async def test_what_is_limited_at_its_hosts_end_is_left_alone(lab: Lab, shaped: 
     connection.close()
 
 
+async def test_the_hosts_end_is_not_mistaken(lab: Lab) -> None:
+    """The other end's index was looked up on the host, also where that end is in another namespace."""
+    host, index = f"katapyt{os.getpid() % 10**7}", 1_000_000 + os.getpid()
+    run(*f"ip link add name {host} index {index} type ifb".split())
+    lab.stack.callback(run, "ip", "link", "delete", host)
+    run(*f"tc qdisc add dev {host} root tbf rate 1mbit burst 32k latency 50ms".split())
+    lab.ip(f"link add name p0 index {index} type veth peer name eth0 netns {lab.pod}", namespace=lab.wire)
+    assert json.loads(lab.ip("-j link show dev p0", namespace=lab.wire))[0]["ifindex"] == index
+    connection = await lab.connect(Settings(vhost=False, ingress_rate=10**6, egress_rate=10**6))
+    assert (rates(lab, "katapy0"), rates(lab, "eth0")) == ([10**6], [10**6])
+    connection.close()
+
+
 async def test_a_queueing_discipline_of_somebody_else_is_not_replaced(lab: Lab) -> None:
     lab.veth("eth0", "p0", "10.1.0.2/24")
     lab.tc("qdisc add dev eth0 root handle 1: htb")

@@ -90,7 +90,6 @@ async def test_an_interface_comes_and_goes(lab: Lab, connection: Connection, fol
     assert (change.removed, change.added) == ((device,), ())
     assert change.network == before
 
-    # Under the same index it would have been told from its old tap by nothing, and the VM still held that.
     lab.ip(f"link set eth1 netns {lab.pod}", namespace=lab.wire)
     change = await following.next()
     assert [nic.device for nic in change.added] == [connection.interface("eth1").device]
@@ -100,11 +99,14 @@ async def test_an_interface_comes_and_goes(lab: Lab, connection: Connection, fol
 async def test_an_interface_comes_back_before_the_vm_has_let_go(lab: Lab, connection: Connection) -> None:
     """Its tap could not be made, for the old one had the same name, and the pod was without it for ever."""
     changes = connection.pod.changes()
-    lab.ip(f"link set eth0 netns {lab.wire}")
+    elsewhere = lab.namespace("elsewhere")  # where its index is free, so that it keeps it
+    index = lab.link("eth0")["ifindex"]
+    lab.ip(f"link set eth0 netns {elsewhere}")
     async with asyncio.timeout(DEADLINE):
         change = await anext(changes)
         assert change.network.interfaces == ()
-        lab.ip(f"link set eth0 netns {lab.pod}", namespace=lab.wire)
+        lab.ip(f"link set eth0 netns {lab.pod}", namespace=elsewhere)
+        assert lab.link("eth0")["ifindex"] == index
         lab.ip(f"addr add {OWN_IP}/24 dev eth0")
         lab.ip("link set eth0 up")
         while not connection.network.interfaces or not connection.interface().addresses:
