@@ -103,7 +103,12 @@ class Lab:
             self.ip(f"addr add {each} dev {name}")
         self.ip(f"link set dev {name} up")
         self.ip(f"link set dev {peer} up", namespace=self.wire)
-        self.until(lambda: self.link(name)["operstate"] == "UP")
+        self.until(lambda: self.is_ready(name))
+
+    def is_ready(self, name: str) -> bool:
+        """Whether all that the kernel does of itself when an interface is up has been done."""
+        shown = self.ip(f"addr show dev {name}")
+        return "state UP" in shown and "inet6 fe80:" in shown and "tentative" not in shown
 
     def link(self, name: str) -> dict[str, Any]:
         found: list[dict[str, Any]] = json.loads(self.ip(f"-j link show dev {name}"))

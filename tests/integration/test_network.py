@@ -179,7 +179,7 @@ async def test_a_macvlan_and_a_persistent_tap(lab: Lab) -> None:
     lab.ip("tuntap add dev tap7 mode tap")
     lab.ip("addr add 10.2.0.2/24 dev tap7")
     lab.ip("link set tap7 up")
-    lab.until(lambda: lab.link("eth0")["operstate"] == "UP")
+    lab.until(lambda: lab.is_ready("eth0"))
     before = lab.snapshot()
     connection = await lab.connect()
     assert {each.name for each in connection.network.interfaces} == {"eth0", "tap7"}
