@@ -29,6 +29,7 @@ ROUTES_MAX: Final = 512
 # What a kernel hands over to a tap is to be told from the filters of others, also after we were killed.
 _PRIORITY: Final = 0xCA7A
 _RATE_HANDLE: Final = 0xCA7A_0000
+_OUR_RATE: Final = Qdisc("tbf", _RATE_HANDLE, netlink.ROOT)
 _SINK: Final = "katapy-sink"
 _PREFIX: Final = "katapy"
 _SUPPORTED: Final = frozenset(("veth", "macvlan", "ipvlan", "vlan", "dummy", "tun"))
@@ -37,7 +38,11 @@ _OWN: Final = frozenset(
     ("tunl0", "sit0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "ip6tnl0", "ip6gre0", "bonding_masters")
 )
 _ETHERNET: Final = 1
+# The filters at a tap: while new ones are made, the old ones count, so there are two sets of priorities.
+_GENERATIONS: Final = (0, 16)
+_MTU_MAX: Final = 65521  # of a tap; it counts for what the kernel itself would send through it
 _BURST_SECONDS: Final = 0.05
+_BURST_MAX: Final = 1 << 30
 _BURST_MIN: Final = 1 << 16
 _QUEUE_SECONDS: Final = 0.1
 _SETTLE_ATTEMPTS: Final = 16
@@ -152,8 +157,8 @@ class Helper:
                 raise Unavailable(f"cannot connect {link.name} to a VM: {error.strerror}") from error
             self._next += 1
         elif known["interface"] != json.loads(json.dumps(interface)):
-            self._allow(known["tap"], interface, link.index)
-            self._netlink.set_link(known["tap"], mtu=link.mtu, up=True)
+            known["generation"] = self._allow(known["tap"], interface, link.index, known["generation"])
+            self._netlink.set_link(known["tap"], mtu=min(link.mtu, _MTU_MAX), up=True)
         known["interface"] = json.loads(json.dumps(interface))
         self._known[link.index] = known
         return interface
@@ -161,19 +166,21 @@ class Helper:
     def _add(self, link: Link, interface: Interface, added: list[dict[str, Any]]) -> dict[str, Any]:
         settings = self._settings
         self.remove_leftovers(link.index)
-        name = f"{_PREFIX}{link.index}"
+        # Not the interface's index: one that has left may come back before the VM has let go of its tap.
+        name = f"{_PREFIX}{self._next}"
         queues = tap.open_tap(name, queues=settings["queues"], stack=self._stack)
         vhost = tap.open_vhost(settings["queues"], self._stack) if settings["vhost"] else []
         self.fds += queues + vhost
         requests = self._undo.setdefault(link.index, [])
-        index = self._up(name, mtu=link.mtu)
-        self._allow(index, interface, link.index, fresh=True)
+        index = self._up(name, mtu=min(link.mtu, _MTU_MAX))
+        self._netlink.add_ingress(index)
+        generation = self._allow(index, interface, link.index)
         if not self._is_shaped(link):
             self._limit(index, settings["ingress_rate"])
             if settings["egress_rate"]:
                 self._require_no_queue(link)
                 self._limit(link.index, settings["egress_rate"])
-                requests.append(netlink.delete_qdisc(link.index, Qdisc("tbf", 0, netlink.ROOT)))
+                requests.append(netlink.delete_qdisc(link.index, _OUR_RATE))
         kind = self._filtered(link.index)
         if kind is None:
             self._netlink.add_ingress(link.index)
@@ -183,7 +190,7 @@ class Helper:
             requests.append(netlink.delete_filters(link.index, kind, _PRIORITY))
         self._netlink.add_filter(link.index, kind, rules.incoming(_PRIORITY, index))
         added.append({"device": interface.device, "queues": len(queues), "vhost": len(vhost)})
-        return {"device": interface.device, "tap": index}
+        return {"device": interface.device, "tap": index, "generation": generation}
 
     def remove_leftovers(self, index: int) -> None:
         """Remove from an interface what hands frames to a tap that is gone."""
@@ -199,7 +206,7 @@ class Helper:
             if not stale and any(priority == _PRIORITY for priority, _ in filters):
                 return
         if any(each.handle == _RATE_HANDLE for each in self._netlink.qdiscs(index)):
-            self._netlink.delete(netlink.delete_qdisc(index, Qdisc("tbf", 0, netlink.ROOT)))
+            self._netlink.delete(netlink.delete_qdisc(index, _OUR_RATE))
 
     def _filtered(self, index: int) -> str | None:
         """Return the kind of qdisc that an interface's filters on what comes in are at, if it has one."""
@@ -213,20 +220,31 @@ class Helper:
         self._netlink.set_link(index, mtu=mtu, up=True, queue=queue)
         return index
 
-    def _allow(self, index: int, interface: Interface, target: int, *, fresh: bool = False) -> None:
-        """Let pass at a tap what the interface's guest may send; for a moment, nothing is let pass."""
-        if not fresh:
-            self._netlink.delete(netlink.delete_qdisc(index, Qdisc("ingress", 0xFFFF_0000, netlink.INGRESS)))
-        self._netlink.add_ingress(index)
+    def _allow(self, index: int, interface: Interface, target: int, old: int | None = None) -> int:
+        """Let pass at a tap what the interface's guest may send, and nothing else; return the filters' generation.
+
+        ``old`` is that of those it has. No frame finds none, or it would reach the namespace's own stack: the
+        last filter of a generation, which drops the rest, goes when all of the next are there.
+        """
+        new = _GENERATIONS[0] if old != _GENERATIONS[0] else _GENERATIONS[1]
+        if old is not None:
+            self._forget(index, new)  # where somebody was killed meanwhile
         settings = self._settings
         for each in rules.outgoing(
             interface, target=target, sink=self._sink, checked=settings["checked"], metadata=settings["metadata"]
         ):
-            self._netlink.add_filter(index, "ingress", each)
+            self._netlink.add_filter(index, "ingress", each._replace(priority=new + each.priority))
+        if old is not None:
+            self._forget(index, old)
+        return new
+
+    def _forget(self, index: int, generation: int) -> None:
+        for priority in range(1, rules.PRIORITIES + 1):
+            self._netlink.delete(netlink.delete_filters(index, "ingress", generation + priority))
 
     def _limit(self, index: int, rate: int) -> None:
         if rate:
-            burst = max(int(rate * _BURST_SECONDS), _BURST_MIN)
+            burst = min(max(int(rate * _BURST_SECONDS), _BURST_MIN), _BURST_MAX)
             limit = burst + int(rate * _QUEUE_SECONDS)
             self._netlink.add_rate(index, _RATE_HANDLE, rate=rate, burst=burst, limit=limit)
 
@@ -240,7 +258,9 @@ class Helper:
         if link.kind != "veth" or not link.peer_elsewhere:
             return False
         try:
-            return any(each.kind == "tbf" for each in self._outside.qdiscs(link.peer))
+            # That its other end is in our own namespace is a guess; in another one, the index is somebody else's.
+            ends = [each for each in self._outside.links() if each.index == link.peer and each.peer == link.index]
+            return bool(ends) and any(each.kind == "tbf" for each in self._outside.qdiscs(link.peer))
         except OSError:
             return False
 

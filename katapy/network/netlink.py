@@ -26,7 +26,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg  # noqa: E402
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg  # noqa: E402
 from pyroute2.netlink.rtnl.ndmsg import ndmsg  # noqa: E402
 from pyroute2.netlink.rtnl.rtmsg import rtmsg  # noqa: E402
-from pyroute2.netlink.rtnl.tcmsg import sched_tbf, tcmsg  # noqa: E402
+from pyroute2.netlink.rtnl.tcmsg import tcmsg  # noqa: E402
 
 IFF_UP: Final = 0x1
 IFF_NOARP: Final = 0x80
@@ -56,6 +56,7 @@ _GROUPS: Final = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_ of links, ne
 _IFA_F_TEMPORARY, _IFA_F_PERMANENT, _IFA_F_NOPREFIXROUTE = 0x01, 0x80, 0x200
 _NUD_PERMANENT: Final = 0x80
 _RT_TABLE_LOCAL: Final = 255
+_RT_SCOPE_LINK: Final = 253
 _RTM_F_CLONED: Final = 0x200
 _RTNH_F_ONLINK: Final = 4
 _RTPROT_RA: Final = 9
@@ -133,8 +134,16 @@ class _U32(nla):  # type: ignore[misc]
                 nla_map = (("TCA_MIRRED_UNSPEC", "none"), ("TCA_MIRRED_TM", "cdata"), ("TCA_MIRRED_PARMS", "cdata"))
 
 
+class _Tbf(nla):  # type: ignore[misc]
+    """The options of a tbf: with the library's own, no rate of 4 GiB a second and none below 250 bytes fits."""
+
+    nla_map = (("TCA_TBF_UNSPEC", "none"), ("TCA_TBF_PARMS", "cdata"), ("TCA_TBF_RTAB", "cdata"),
+               ("TCA_TBF_PTAB", "cdata"), ("TCA_TBF_RATE64", "uint64"), ("TCA_TBF_PRATE64", "uint64"),
+               ("TCA_TBF_BURST", "uint32"))  # fmt: skip
+
+
 class _Filter(nlmsg):  # type: ignore[misc]
-    """A message about a filter (struct tcmsg), of which only u32 ones have options that are read."""
+    """A message about a filter or a qdisc (struct tcmsg), of which only those made here have options that are read."""
 
     prefix = "TCA_"
     fields = tcmsg.fields
@@ -142,12 +151,15 @@ class _Filter(nlmsg):  # type: ignore[misc]
 
     @staticmethod
     def get_options(self: Any, *_arguments: Any, **_more: Any) -> Any:
-        return _U32 if self.get_attr("TCA_KIND") == "u32" else self.cdata
+        return {"u32": _U32, "tbf": _Tbf}.get(self.get_attr("TCA_KIND"), self.cdata)
 
 
 _MIRRED: Final = struct.Struct("=IIiiiiI")  # struct tc_mirred: index, capab, action, refcnt, bindcnt, eaction, ifindex
 _SELECTOR: Final = struct.Struct("=BBBxHHhhI")  # struct tc_u32_sel
 _KEY: Final = struct.Struct("=4s4sii")  # struct tc_u32_key: mask, value, offset, offset mask
+# struct tc_tbf_qopt: its rate's last member, a peak rate (none), limit, buffer, mtu (told otherwise, none)
+_TBF: Final = struct.Struct("=8xI12xIII")
+_U32_MAX: Final = 0xFFFF_FFFF
 
 
 class Netlink:
@@ -180,9 +192,12 @@ class Netlink:
         found: dict[int, list[Address]] = {}
         for message in self._dump(_RTM_GETADDR, _of_any_family(ifaddrmsg())):
             flags = message.get_attr("IFA_FLAGS") or message["flags"]
-            if not flags & _IFA_F_PERMANENT or flags & _IFA_F_TEMPORARY:
+            if not flags & _IFA_F_PERMANENT:
                 continue
-            if message["family"] == socket.AF_INET6 and message["scope"] == 253:  # RT_SCOPE_LINK
+            # Of IPv4, the same flag says that an address is not the first of its network.
+            if message["family"] == socket.AF_INET6 and (
+                flags & _IFA_F_TEMPORARY or message["scope"] == _RT_SCOPE_LINK
+            ):
                 continue
             other = message.get_attr("IFA_ADDRESS")
             local = message.get_attr("IFA_LOCAL") or other
@@ -219,6 +234,9 @@ class Netlink:
             return None
         interface = names.get(message.get_attr("RTA_OIF") or 0, "")
         hops = message.get_attr("RTA_MULTIPATH") or []
+        if any(each.get_attr("RTA_ENCAP_TYPE") for each in (message, *hops)):
+            where = interface or next((names[hop["oif"]] for hop in hops if hop["oif"] in names), "")
+            raise Unsupported(f"cannot connect {where}: its route to {destination or 'default'} is encapsulated")
         next_hops = tuple(
             NextHop(names[hop["oif"]], _gateway(hop), hop["hops"] + 1, bool(hop["flags"] & _RTNH_F_ONLINK))
             for hop in hops
@@ -226,8 +244,6 @@ class Netlink:
         )
         if message["type"] == 1 and not interface and not next_hops:
             return None
-        if message.get_attr("RTA_ENCAP_TYPE"):
-            raise Unsupported(f"cannot connect {interface}: its route to {destination or 'default'} is encapsulated")
         metrics = message.get_attr("RTA_METRICS")
         return Route(
             family=family,
@@ -316,11 +332,15 @@ class Netlink:
 
     def add_rate(self, index: int, handle: int, *, rate: int, burst: int, limit: int) -> None:
         """Limit what goes out at an interface: ``rate`` in bytes a second, ``burst`` and what waits in bytes (tbf)."""
-        message = tcmsg()
+        message = _Filter()
         message["index"], message["handle"], message["parent"] = index, handle, ROOT
-        options = sched_tbf.get_parameters({"rate": rate, "burst": burst, "limit": limit})
-        # Rates of 4 GiB a second and more do not fit where the library puts them, and limit nothing here.
-        message["attrs"] = [("TCA_KIND", "tbf"), ("TCA_OPTIONS", options)]
+        parameters = _TBF.pack(min(rate, _U32_MAX), min(limit, _U32_MAX), 0, 0)
+        options = [
+            ("TCA_TBF_PARMS", parameters),
+            ("TCA_TBF_RATE64", rate),
+            ("TCA_TBF_BURST", min(burst, _U32_MAX)),
+        ]
+        message["attrs"] = [("TCA_KIND", "tbf"), ("TCA_OPTIONS", {"attrs": options})]
         self._request(_RTM_NEWQDISC, message, _NLM_F_CREATE | _NLM_F_EXCL)
 
     def add_filter(self, index: int, qdisc: str, each: Filter) -> None:
@@ -328,9 +348,9 @@ class Netlink:
         message = _Filter()
         message["index"], message["parent"] = index, _FILTER_PARENTS[qdisc]
         message["info"] = each.priority << 16 | socket.htons(each.protocol)
-        keys = each.keys or (Key(0, 0, 0),)
-        selector = _SELECTOR.pack(_TC_U32_TERMINAL, 0, len(keys), 0, 0, 0, 0, 0)
-        for key in keys:
+        # Without keys it matches every frame, a key that compares no bit only one that has four bytes.
+        selector = _SELECTOR.pack(_TC_U32_TERMINAL, 0, len(each.keys), 0, 0, 0, 0, 0)
+        for key in each.keys:
             selector += _KEY.pack(key.mask.to_bytes(4, "big"), key.value.to_bytes(4, "big"), key.offset, 0)
         parameters = _MIRRED.pack(0, 0, _TC_ACT_STOLEN, 0, 0, _MIRRED_EGRESS_REDIRECT, each.target)
         mirred = {"attrs": [("TCA_MIRRED_PARMS", parameters)]}

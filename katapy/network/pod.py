@@ -83,19 +83,21 @@ class Helper:
 
         Raises what the helper raises, Unavailable where it dies.
         """
+        data, fds = b"", list[int]()
         try:
             with contextlib.suppress(OSError):
                 socket.send_fds(self._control, [json.dumps(request).encode()], [namespace])
-            async with asyncio.timeout(_DEADLINE):
-                await run.readable(self._control.fileno())
-            try:
-                data, fds, _flags, _address = socket.recv_fds(self._control, _MESSAGE_MAX, _FDS_MAX)
-            except OSError:
-                data, fds = b"", []
-        except TimeoutError:
-            data, fds = b"", []
-        finally:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DEADLINE):
+                    await run.readable(self._control.fileno())
+                with contextlib.suppress(OSError):
+                    data, fds, _flags, _address = socket.recv_fds(self._control, _MESSAGE_MAX, _FDS_MAX)
             await self.close()
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            await self.close()
+            raise
         if not data:
             raise Unavailable("cannot set up the pod's network: the helper died")
         answer = json.loads(data)
@@ -129,7 +131,13 @@ class PodNetwork:
 
         Raises KatapyError; nothing has changed then.
         """
-        answer, fds = await helper.ask(self._request(), self._namespace)
+        try:
+            answer, fds = await helper.ask(self._request(), self._namespace)
+        except Unavailable:
+            # It may have been killed, and then could not undo what it had done.
+            with contextlib.suppress(KatapyError):
+                await _clean(self._namespace)
+            raise
         with ExitStack() as stack:
             for fd in fds:
                 stack.callback(os.close, fd)
@@ -207,9 +215,13 @@ async def clean(path: Path) -> None:
     except OSError:
         return  # gone, and all that was in it
     try:
-        await Helper().ask({"clean": True, "settings": {}, "state": {}}, namespace)
+        await _clean(namespace)
     finally:
         os.close(namespace)
+
+
+async def _clean(namespace: int) -> None:
+    await Helper().ask({"clean": True, "settings": {}, "state": {}}, namespace)
 
 
 def _drain(watching: socket.socket) -> None:

@@ -2,14 +2,15 @@
 
 A frame is handed to the pod's network if it bears the interface's own addresses; everything else goes to a sink, an
 interface that nobody reads, so that neither the host's own network stack nor another pod ever sees it. Offsets are
-those of Ethernet frames seen from their network header. Sources: RFC 826 (ARP), RFC 791, RFC 8200, RFC 4861 (neighbour
-discovery), RFC 4291 appendix A (interface identifiers).
+those of Ethernet frames seen from their network header. Sources: RFC 826 (ARP), RFC 5227 (probes), RFC 791, RFC 8200,
+RFC 4861 (neighbour discovery), RFC 4862 (detection of duplicates), RFC 3590 (MLD without an address), RFC 4291
+appendix A (interface identifiers).
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from katapy.interfaces import Interface
@@ -17,13 +18,17 @@ from katapy.network.netlink import ETH_P_ALL, Filter, Key
 
 _IPV4, _ARP, _IPV6 = 0x0800, 0x0806, 0x86DD
 _UDP, _ICMPV6 = 17, 58
+_HOP_BY_HOP: Final = 0
 _DHCP_SERVER_PORT: Final = 67
-_ROUTER_ADVERTISEMENT, _NEIGHBOUR_ADVERTISEMENT, _REDIRECT = 134, 136, 137
+_ROUTER_SOLICITATION, _ROUTER_ADVERTISEMENT, _REDIRECT = 133, 134, 137
+_NEIGHBOUR_SOLICITATION, _NEIGHBOUR_ADVERTISEMENT = 135, 136
+_LISTENER_REPORTS: Final = (131, 143)
 # Before what they carry: hop-by-hop options, routing, fragment, destination options.
-_EXTENSIONS: Final = (0, 43, 44, 60)
+_EXTENSIONS: Final = (_HOP_BY_HOP, 43, 44, 60)
 _HOP_LIMIT_MAX: Final = 255  # what neighbour discovery demands, and hardly anything else has
 _METADATA: Final = ("169.254.169.254", "fd00:ec2::254")
 _ONES: Final = 0xFFFF_FFFF
+PRIORITIES: Final = 4  # the filters have those from 1 to this
 
 Keys = tuple[Key, ...]
 
@@ -52,14 +57,14 @@ def incoming(priority: int, target: int) -> Filter:
 
 
 def _ipv4(interface: Interface, sent: Keys, metadata: bool) -> Iterator[tuple[Keys, bool]]:
-    own = _own(interface, socket.AF_INET)
-    yield (Key(127 << 24, 0xFF00_0000, 16),), False
+    for offset in (12, 16):
+        yield (Key(127 << 24, 0xFF00_0000, offset),), False
     if not metadata:
         yield _words(_METADATA[0], 16), False
-    if not own:
+    if not interface.addresses:
         # Whoever serves addresses gives it one that only the guest gets to know.
         yield sent, True
-    for address in own:
+    for address in _own(interface, socket.AF_INET):
         yield (*sent, *_words(address, 12)), True
     # A client of DHCP has no address yet. Without options: 5 words of header.
     asks = Key(0x4500_0000, 0xFF00_0000, 0), Key(_UDP << 16, 0x00FF_0000, 8), Key(_DHCP_SERVER_PORT, 0xFFFF, 20)
@@ -69,11 +74,15 @@ def _ipv4(interface: Interface, sent: Keys, metadata: bool) -> Iterator[tuple[Ke
 
 def _arp(interface: Interface, sent: Keys) -> Iterator[tuple[Keys, bool]]:
     hardware = bytes.fromhex(interface.hardware_address.replace(":", ""))
-    for address in [*_own(interface, socket.AF_INET), "0.0.0.0"]:
-        sender = hardware + socket.inet_pton(socket.AF_INET, address)
-        yield (*sent, *_key_bytes(sender, 8)), True
-    if not _own(interface, socket.AF_INET):
-        yield (*sent, *_key_bytes(hardware, 8)), True
+    # Of Ethernet and IPv4, 6 and 4 bytes long: or the sender's addresses would be elsewhere.
+    form = (*sent, Key(0x0001_0800, _ONES, 0), Key(0x0604_0000, 0xFFFF_0000, 4))
+    if not interface.addresses:
+        yield (*form, *_key_bytes(hardware, 8)), True
+    for address in _own(interface, socket.AF_INET):
+        yield (*form, *_key_bytes(hardware + socket.inet_pton(socket.AF_INET, address), 8)), True
+        # A probe. One for an address that another host is about to take would keep it from that.
+        probe = _key_bytes(hardware + socket.inet_pton(socket.AF_INET, "0.0.0.0"), 8)
+        yield (*form, *probe, *_words(address, 24)), True
     yield (), False
 
 
@@ -88,17 +97,35 @@ def _ipv6(interface: Interface, sent: Keys, metadata: bool) -> Iterator[tuple[Ke
         yield _words(_METADATA[1], 24), False
     own = [_words(address, 8) for address in _own(interface, socket.AF_INET6)]
     # Whatever the prefix, link-local or advertised by a router: this half can be nobody else's.
-    identifier = _interface_identifier(interface.hardware_address)
-    own.append(_key_bytes(identifier, 16))
+    own.append(_key_bytes(_interface_identifier(interface.hardware_address), 16))
     for keys in own:
-        announced = tuple(key._replace(offset=key.offset + 40) for key in keys)
-        yield (*sent, *_icmpv6(_NEIGHBOUR_ADVERTISEMENT), *announced), True
+        # A kernel announces an address from that address.
+        yield (*sent, *_icmpv6(_NEIGHBOUR_ADVERTISEMENT), *keys, *_as_target(keys)), True
     yield _icmpv6(_NEIGHBOUR_ADVERTISEMENT), False
     for keys in own:
         yield (*sent, *keys), True
-    # Is anybody else using the address that I am about to take?
-    yield (*sent, *_words("::", 8)), True
+    yield from _ipv6_unspecified((*sent, *_words("::", 8)), own)
     yield (), False
+
+
+def _ipv6_unspecified(sent: Keys, own: Sequence[Keys]) -> Iterator[tuple[Keys, bool]]:
+    """What a kernel sends while it has no address yet, and nothing else."""
+    for keys in own:
+        # Is anybody else using it? Who asks that of another host's address keeps it from taking that.
+        yield (*sent, *_icmpv6(_NEIGHBOUR_SOLICITATION), *_as_target(keys)), True
+    yield (*sent, *_icmpv6(_ROUTER_SOLICITATION)), True
+    # Behind hop-by-hop options of 8 bytes, the router alert.
+    alert = Key(_HOP_BY_HOP << 8, 0xFF00, 4), Key(_ICMPV6 << 24, 0xFFFF_0000, 40)
+    for kind in _LISTENER_REPORTS:
+        yield (*sent, *alert, Key(kind << 24, 0xFF00_0000, 48)), True
+
+
+def _as_target(keys: Keys) -> Keys:
+    """Return the keys that compare with the address that a neighbour discovery message is about, not with its source.
+
+    That is 8 bytes behind the header of 40, the source 8 bytes into it.
+    """
+    return tuple(key._replace(offset=key.offset + 40) for key in keys)
 
 
 def _own(interface: Interface, family: socket.AddressFamily) -> list[str]:

@@ -27,11 +27,13 @@ log = logging.getLogger(__name__)
 # Kubernetes' own: what the CNI plugin "bandwidth" is told by, in bits a second.
 _INGRESS: Final = "kubernetes.io/ingress-bandwidth"
 _EGRESS: Final = "kubernetes.io/egress-bandwidth"
-_UNITS: Final = {
-    **dict(zip(("", "k", "M", "G", "T", "P"), (1000**power for power in range(6)), strict=True)),
-    **dict(zip(("Ki", "Mi", "Gi", "Ti", "Pi"), (1024**power for power in range(1, 6)), strict=True)),
-}
-_RATE_MIN: Final = 1000  # as that plugin's
+# Kubernetes' resource.Quantity: a number, then a power of 1000, of 1024 or of ten.
+_QUANTITY: Final = re.compile(
+    r"\+?(?=\.?[0-9])([0-9]{0,18})(?:\.([0-9]{0,18}))?(?:([numkMGTPE]|[KMGTPE]i)|[eE]([+-]?[0-9]{1,2}))?"
+)
+_POWERS: Final = {"n": -9, "u": -6, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_BINARY: Final = "KMGTPE"
+_RATE_MIN, _RATE_MAX = 1000, 10**15  # as Kubernetes and that plugin have them
 
 
 class SandboxNetwork:
@@ -192,12 +194,23 @@ def _lower(*rates: int) -> int:
 
 
 def _bandwidth(annotations: Mapping[str, str], key: str) -> int:
-    """Return an annotation's quantity (Kubernetes' resource.Quantity) in bits a second; 0 where there is none."""
+    """Return an annotation's quantity in bits a second; 0 where there is none."""
     text = annotations.get(key)
     if text is None:
         return 0
-    match = re.fullmatch(r"([0-9]{1,15})(k|M|G|T|P|[KMGTP]i)?", text)
-    rate: int = int(match[1]) * _UNITS[match[2] or ""] if match else 0
-    if rate < _RATE_MIN:
-        raise InvalidArgument(f"annotation {key}: {text[:64]!r} is not a bandwidth from 1k bits a second on, as 10M")
+    match = _QUANTITY.fullmatch(text)
+    rate = _value(*match.groups(default="")) if match is not None else 0
+    if not _RATE_MIN <= rate <= _RATE_MAX:
+        raise InvalidArgument(
+            f"annotation {key}: {text[:64]!r} is not a bandwidth between 1k and 1P bits a second, as 10M"
+        )
     return rate
+
+
+def _value(whole: str, fraction: str, suffix: str, exponent: str) -> int:
+    """Return a quantity's value without what is behind the point."""
+    number = int(whole + fraction)
+    power = int(exponent or _POWERS.get(suffix, 0)) - len(fraction)
+    if suffix.endswith("i"):
+        number <<= 10 * (_BINARY.index(suffix[0]) + 1)
+    return number * int(10**power) if power >= 0 else number // int(10**-power)
