@@ -228,8 +228,9 @@ class Network:
     model: str = field(
         default="tcfilter",
         metadata=_key(
-            _choice("tcfilter", "none"),
-            "`tcfilter`: the interfaces of a pod's network namespace appear in its VM; `none`: loopback only.",
+            _choice("tcfilter", "macvtap", "none"),
+            "How the interfaces of a pod's network namespace get into its VM: by taps beside them, `tcfilter`, or by "
+            "`macvtap`, for which the kernel needs that driver; `none`: loopback only.",
         ),
     )
     spoofing: bool = field(

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from typing import Any, Final
 from katapy import linux
 from katapy.errors import AlreadyExists, InvalidArgument, KatapyError, Unavailable, Unsupported, codes_of
 from katapy.interfaces import Address, Interface, Network
-from katapy.network import netlink, rules, tap
+from katapy.network import macvtap, netlink, rules, tap
 from katapy.network.netlink import IFF_NOARP, IFF_UP, Link, Netlink, Qdisc
 
 MESSAGE_MAX: Final = 200_000  # what a socket's buffer holds on every host
@@ -82,6 +82,7 @@ class Helper:
             datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             self._stack.callback(datagrams.close)
             self._make_sink()
+            self._remove_leftovers()
             self.fds = [watching.fileno(), self._netlink.fileno(), datagrams.fileno(), *self.fds]
         added: list[dict[str, Any]] = []
         for _ in range(_SETTLE_ATTEMPTS):
@@ -128,7 +129,7 @@ class Helper:
         return found
 
     def _is_served(self, link: Link) -> bool:
-        if link.name == "lo" or (link.kind == "tun" and _is_ours(link.name)):
+        if link.name == "lo" or _is_ours(link):
             return False
         if link.name in _OWN and not link.flags & IFF_UP:
             return False
@@ -157,7 +158,7 @@ class Helper:
                 raise Unavailable(f"cannot connect {link.name} to a VM: {error.strerror}") from error
             self._next += 1
         elif known["interface"] != json.loads(json.dumps(interface)):
-            known["generation"] = self._allow(known["tap"], interface, link.index, known["generation"])
+            known["generation"] = self._allow(known["tap"], interface, known["target"], known["generation"])
             self._netlink.set_link(known["tap"], mtu=min(link.mtu, _MTU_MAX), up=True)
         known["interface"] = json.loads(json.dumps(interface))
         self._known[link.index] = known
@@ -165,22 +166,44 @@ class Helper:
 
     def _add(self, link: Link, interface: Interface, added: list[dict[str, Any]]) -> dict[str, Any]:
         settings = self._settings
-        self.remove_leftovers(link.index)
         # Not the interface's index: one that has left may come back before the VM has let go of its tap.
         name = f"{_PREFIX}{self._next}"
-        queues = tap.open_tap(name, queues=settings["queues"], stack=self._stack)
+        connect = self._add_macvtap if settings["model"] == "macvtap" else self._add_tap
+        queues, record = connect(link, interface, name)
         vhost = tap.open_vhost(settings["queues"], self._stack) if settings["vhost"] else []
         self.fds += queues + vhost
+        added.append({"device": interface.device, "queues": len(queues), "vhost": len(vhost)})
+        return {"device": interface.device, **record}
+
+    def _add_macvtap(self, link: Link, interface: Interface, name: str) -> tuple[list[int], dict[str, Any]]:
+        """Have a macvtap take the interface over; return its queues, and what to know of it."""
+        ingress, egress = self._rates(link)
+        if ingress:
+            raise Unsupported(f"cannot limit what {link.name} receives: the model macvtap has no place for that")
+        self._netlink.add_macvtap(name, link.index)
+        index = socket.if_nametoindex(name)
+        self._undo.setdefault(link.index, []).append(netlink.delete_link(index))
+        # Before it is up, so that nothing leaves it unseen.
+        self._netlink.add_ingress(index, "clsact")
+        generation = self._allow(index, interface, 0)
+        self._limit(index, egress)
+        self._up(name, mtu=0)
+        queues = macvtap.open_macvtap(name, queues=self._settings["queues"], stack=self._stack)
+        return queues, {"tap": index, "target": 0, "generation": generation}
+
+    def _add_tap(self, link: Link, interface: Interface, name: str) -> tuple[list[int], dict[str, Any]]:
+        """Make a tap beside the interface, and let frames go both ways; return its queues, and what to know of it."""
+        queues = tap.open_tap(name, queues=self._settings["queues"], stack=self._stack)
         requests = self._undo.setdefault(link.index, [])
         index = self._up(name, mtu=min(link.mtu, _MTU_MAX))
         self._netlink.add_ingress(index)
         generation = self._allow(index, interface, link.index)
-        if not self._is_shaped(link):
-            self._limit(index, settings["ingress_rate"])
-            if settings["egress_rate"]:
-                self._require_no_queue(link)
-                self._limit(link.index, settings["egress_rate"])
-                requests.append(netlink.delete_qdisc(link.index, _OUR_RATE))
+        ingress, egress = self._rates(link)
+        self._limit(index, ingress)
+        if egress:
+            self._require_no_queue(link)
+            self._limit(link.index, egress)
+            requests.append(netlink.delete_qdisc(link.index, _OUR_RATE))
         kind = self._filtered(link.index)
         if kind is None:
             self._netlink.add_ingress(link.index)
@@ -189,12 +212,32 @@ class Helper:
         else:
             requests.append(netlink.delete_filters(link.index, kind, _PRIORITY))
         self._netlink.add_filter(link.index, kind, rules.incoming(_PRIORITY, index))
-        added.append({"device": interface.device, "queues": len(queues), "vhost": len(vhost)})
-        return {"device": interface.device, "tap": index, "generation": generation}
+        return queues, {"tap": index, "target": link.index, "generation": generation}
 
-    def remove_leftovers(self, index: int) -> None:
+    def _rates(self, link: Link) -> tuple[int, int]:
+        """Return the limits in bytes a second of what the pod receives and sends by an interface; 0: none.
+
+        What the pod asks for is left to a CNI plugin that has done it; what the host demands is not.
+        """
+        settings = self._settings
+        asked = (0, 0) if self._is_shaped(link) else (settings["asked_ingress"], settings["asked_egress"])
+        ingress, egress = (
+            min((rate for rate in rates if rate), default=0)
+            for rates in zip(asked, (settings["ingress_rate"], settings["egress_rate"]), strict=True)
+        )
+        return ingress, egress
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a supervisor that was killed has left: what takes over an interface, or hands its frames away."""
+        links = self._netlink.links()
+        for link in links:
+            if link.kind == "macvtap" and _is_ours(link):
+                self._netlink.delete(netlink.delete_link(link.index))
+        for link in links:
+            self._remove_from(link.index, {each.index for each in links})
+
+    def _remove_from(self, index: int, present: Collection[int]) -> None:
         """Remove from an interface what hands frames to a tap that is gone."""
-        present = {each.index for each in self._netlink.links()}
         kind = self._filtered(index)
         if kind is not None:
             filters = self._netlink.redirects(index, kind)
@@ -228,19 +271,19 @@ class Helper:
         """
         new = _GENERATIONS[0] if old != _GENERATIONS[0] else _GENERATIONS[1]
         if old is not None:
-            self._forget(index, new)  # where somebody was killed meanwhile
+            self._forget(index, target, new)  # where somebody was killed meanwhile
         settings = self._settings
         for each in rules.outgoing(
             interface, target=target, sink=self._sink, checked=settings["checked"], metadata=settings["metadata"]
         ):
-            self._netlink.add_filter(index, "ingress", each._replace(priority=new + each.priority))
+            self._netlink.add_filter(index, _place(target), each._replace(priority=new + each.priority))
         if old is not None:
-            self._forget(index, old)
+            self._forget(index, target, old)
         return new
 
-    def _forget(self, index: int, generation: int) -> None:
+    def _forget(self, index: int, target: int, generation: int) -> None:
         for priority in range(1, rules.PRIORITIES + 1):
-            self._netlink.delete(netlink.delete_filters(index, "ingress", generation + priority))
+            self._netlink.delete(netlink.delete_filters(index, _place(target), generation + priority))
 
     def _limit(self, index: int, rate: int) -> None:
         if rate:
@@ -266,13 +309,21 @@ class Helper:
 
     def clean(self) -> dict[str, Any]:
         """Remove what a supervisor that was killed has left."""
-        for link in self._netlink.links():
-            self.remove_leftovers(link.index)
+        # A VM that lives has its sink.
+        if not any(link.name == _SINK for link in self._netlink.links()):
+            self._remove_leftovers()
         return {}
 
 
-def _is_ours(name: str) -> bool:
-    return name == _SINK or (name.startswith(_PREFIX) and name[len(_PREFIX) :].isdecimal())
+def _is_ours(link: Link) -> bool:
+    if link.kind not in ("tun", "macvtap"):
+        return False
+    return link.name == _SINK or (link.name.startswith(_PREFIX) and link.name[len(_PREFIX) :].isdecimal())
+
+
+def _place(target: int) -> str:
+    """Where the filters are for what a guest sends: a tap receives it, and a macvtap, which has no target, sends it."""
+    return "ingress" if target else "egress"
 
 
 def _device(number: int) -> str:

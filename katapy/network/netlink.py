@@ -33,8 +33,8 @@ IFF_NOARP: Final = 0x80
 ETH_P_ALL: Final = 0x0003
 ROOT: Final = 0xFFFF_FFFF
 INGRESS: Final = 0xFFFF_FFF1
-# Where filters on what comes in are hung up: the same place of two kinds of qdisc.
-_FILTER_PARENTS: Final = {"ingress": 0xFFFF_0000, "clsact": 0xFFFF_FFF2}
+# Where filters are hung up: on what comes in, which two kinds of qdisc have, and, in the second, on what goes out.
+_FILTER_PARENTS: Final = {"ingress": 0xFFFF_0000, "clsact": 0xFFFF_FFF2, "egress": 0xFFFF_FFF3}
 
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_MULTI, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x2, 0x4, 0x300
@@ -97,7 +97,7 @@ class Key(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """A u32 filter that hands a frame to the egress of an interface if every key matches.
+    """A u32 filter that hands a frame to the egress of an interface, or with 0 lets it pass, if every key matches.
 
     ``protocol`` is an EtherType; of the filters of one priority, which must have one protocol, the first counts.
     """
@@ -323,11 +323,19 @@ class Netlink:
             message["attrs"] += [("IFLA_TXQLEN", queue)]
         self._request(_RTM_NEWLINK, message)
 
-    def add_ingress(self, index: int) -> None:
-        """Make the place for filters on what comes in at an interface."""
+    def add_macvtap(self, name: str, lower: int) -> None:
+        """Make a macvtap that takes over all of the interface ``lower`` (passthru)."""
+        message = ifinfmsg()
+        mode = {"attrs": [("IFLA_MACVTAP_MODE", "passthru")]}
+        info = {"attrs": [("IFLA_INFO_KIND", "macvtap"), ("IFLA_INFO_DATA", mode)]}
+        message["attrs"] = [("IFLA_IFNAME", name), ("IFLA_LINK", lower), ("IFLA_LINKINFO", info)]
+        self._request(_RTM_NEWLINK, message, _NLM_F_CREATE | _NLM_F_EXCL)
+
+    def add_ingress(self, index: int, kind: str = "ingress") -> None:
+        """Make the place for filters on what comes in at an interface, with ``clsact`` on what goes out too."""
         message = tcmsg()
         message["index"], message["handle"], message["parent"] = index, 0xFFFF_0000, INGRESS
-        message["attrs"] = [("TCA_KIND", "ingress")]
+        message["attrs"] = [("TCA_KIND", kind)]
         self._request(_RTM_NEWQDISC, message, _NLM_F_CREATE | _NLM_F_EXCL)
 
     def add_rate(self, index: int, handle: int, *, rate: int, burst: int, limit: int) -> None:
@@ -344,7 +352,7 @@ class Netlink:
         self._request(_RTM_NEWQDISC, message, _NLM_F_CREATE | _NLM_F_EXCL)
 
     def add_filter(self, index: int, qdisc: str, each: Filter) -> None:
-        """Add a filter to an interface that has ``qdisc``, behind those of its priority."""
+        """Add a filter to an interface that has ``qdisc``, or at its ``egress``, behind those of its priority."""
         message = _Filter()
         message["index"], message["parent"] = index, _FILTER_PARENTS[qdisc]
         message["info"] = each.priority << 16 | socket.htons(each.protocol)
@@ -352,12 +360,13 @@ class Netlink:
         selector = _SELECTOR.pack(_TC_U32_TERMINAL, 0, len(each.keys), 0, 0, 0, 0, 0)
         for key in each.keys:
             selector += _KEY.pack(key.mask.to_bytes(4, "big"), key.value.to_bytes(4, "big"), key.offset, 0)
-        parameters = _MIRRED.pack(0, 0, _TC_ACT_STOLEN, 0, 0, _MIRRED_EGRESS_REDIRECT, each.target)
-        mirred = {"attrs": [("TCA_MIRRED_PARMS", parameters)]}
-        action = {"attrs": [("TCA_ACT_KIND", "mirred"), ("TCA_ACT_OPTIONS", mirred)]}
-        act = {"attrs": [("TCA_ACT_PRIO_1", action)]}
-        options = {"attrs": [("TCA_U32_SEL", selector), ("TCA_U32_ACT", act)]}
-        message["attrs"] = [("TCA_KIND", "u32"), ("TCA_OPTIONS", options)]
+        options: list[tuple[str, object]] = [("TCA_U32_SEL", selector)]
+        if each.target:
+            parameters = _MIRRED.pack(0, 0, _TC_ACT_STOLEN, 0, 0, _MIRRED_EGRESS_REDIRECT, each.target)
+            mirred = {"attrs": [("TCA_MIRRED_PARMS", parameters)]}
+            action = {"attrs": [("TCA_ACT_KIND", "mirred"), ("TCA_ACT_OPTIONS", mirred)]}
+            options.append(("TCA_U32_ACT", {"attrs": [("TCA_ACT_PRIO_1", action)]}))
+        message["attrs"] = [("TCA_KIND", "u32"), ("TCA_OPTIONS", {"attrs": options})]
         self._request(_RTM_NEWTFILTER, message, _NLM_F_CREATE | _NLM_F_EXCL)
 
     def delete(self, encoded: bytes) -> None:

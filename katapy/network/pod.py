@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import socket
+import struct
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -36,18 +37,32 @@ _DEADLINE: Final = 60.0
 _QUIET_SECONDS: Final = 0.1
 QUEUES_MAX: Final = 8
 
+# rtnetlink(7), as far as it is read here: type and length of a message, and of what it tells of.
+_NLMSG: Final = struct.Struct("=IH10x")
+_IFINFO: Final = struct.Struct("=4xi8x")
+_NDMSG: Final = struct.Struct("=8xH2x")
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR = 16, 17, 20, 21
+_RTM_NEWROUTE, _RTM_DELROUTE, _RTM_NEWNEIGH = 24, 25, 28
+_RT_TABLE_LOCAL, _RT_SCOPE_LINK, _NUD_PERMANENT = 255, 253, 0x80
+# The first attribute, RTA_DST, and how the address in it begins.
+_LINK_LOCAL_DESTINATION: Final = struct.pack("=HH", 20, 1) + b"\xfe\x80"
+
 
 class Settings(NamedTuple):
     """What is done beside connecting; rates in bytes a second, 0: no limit.
 
-    ``checked`` lets only frames with the pod's own addresses out, ``metadata`` lets clouds' metadata services be
-    reached, ``queues`` is how many a NIC has.
+    ``model`` is ``tcfilter`` or ``macvtap``. ``ingress_rate`` and ``egress_rate`` are the host's; what the pod has
+    asked for holds too, unless a CNI plugin does it already. ``checked`` lets only frames with the pod's own addresses
+    out, ``metadata`` lets clouds' metadata services be reached, ``queues`` is how many a NIC has.
     """
 
     checked: bool = True
     metadata: bool = False
+    model: str = "tcfilter"
     ingress_rate: int = 0
     egress_rate: int = 0
+    asked_ingress: int = 0
+    asked_egress: int = 0
     queues: int = 1
     vhost: bool = True
 
@@ -156,7 +171,8 @@ class PodNetwork:
         while True:
             await run.readable(self._watching.fileno())
             await asyncio.sleep(_QUIET_SECONDS)
-            _drain(self._watching)
+            if not _drain(self._watching, self._own()):
+                continue
             before = self.network
             try:
                 answer, fds = await Helper().ask(self._request(), self._namespace)
@@ -184,6 +200,10 @@ class PodNetwork:
             self._watching.close()
             self._watching = None
         self._stack.close()
+
+    def _own(self) -> set[int]:
+        """Return the indexes of the interfaces that this end made."""
+        return {self._state["sink"], *(each["tap"] for each in self._state["known"].values())}
 
     def _request(self) -> dict[str, Any]:
         return {"clean": False, "settings": self._settings._asdict(), "state": self._state}
@@ -224,11 +244,36 @@ async def _clean(namespace: int) -> None:
     await Helper().ask({"clean": True, "settings": {}, "state": {}}, namespace)
 
 
-def _drain(watching: socket.socket) -> None:
+def _drain(watching: socket.socket, own: Collection[int]) -> bool:
+    """Read all that has happened; return whether any of it may matter to a VM whose taps are ``own``."""
+    matters = False
     while True:
         try:
-            watching.recv(1 << 16)
+            data = watching.recv(1 << 16)
         except BlockingIOError:
-            return
+            return matters
         except OSError:  # more has happened than fits; the next look sees all of it
+            matters = True
             continue
+        while len(data) >= _NLMSG.size and not matters:
+            length, kind = _NLMSG.unpack_from(data)
+            matters = _matters(kind, data[_NLMSG.size : length], own)
+            data = data[max(length + 3 & ~3, _NLMSG.size) :]
+
+
+def _matters(kind: int, body: bytes, own: Collection[int]) -> bool:
+    """Whether a message of rtnetlink(7) is about something that a VM is told.
+
+    It is not told of its own taps, of what a kernel does by itself for link-local addresses, and of neighbours that
+    come and go.
+    """
+    if kind in (_RTM_NEWLINK, _RTM_DELLINK):
+        return _IFINFO.unpack_from(body)[0] not in own
+    if kind in (_RTM_NEWADDR, _RTM_DELADDR):
+        return body[0] != socket.AF_INET6 or body[3] != _RT_SCOPE_LINK
+    if kind in (_RTM_NEWROUTE, _RTM_DELROUTE):
+        link_local = body[0] == socket.AF_INET6 and body[12:18] == _LINK_LOCAL_DESTINATION
+        return body[4] != _RT_TABLE_LOCAL and not link_local
+    if kind == _RTM_NEWNEIGH:
+        return bool(_NDMSG.unpack_from(body)[0] & _NUD_PERMANENT)
+    return True

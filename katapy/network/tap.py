@@ -23,13 +23,18 @@ def open_tap(name: str, *, queues: int, stack: ExitStack) -> list[int]:
 
     It goes with the last copy of them. ``stack`` closes these. Raises AlreadyExists, Unavailable.
     """
+    return open_queues(_TUN, name, queues=queues, stack=stack)
+
+
+def open_queues(path: str, name: str, *, queues: int, stack: ExitStack) -> list[int]:
+    """Return descriptors of the device at ``path``, a queue each, of the interface ``name``; see ``open_tap``."""
     flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
     found = []
     for _ in range(queues):
         try:
-            fd = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise Unavailable(f"cannot open {_TUN}: {error.strerror}; modprobe tun") from error
+            raise Unavailable(f"cannot open {path}: {error.strerror}; modprobe tun macvtap") from error
         stack.callback(os.close, fd)
         try:
             fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode(), flags))

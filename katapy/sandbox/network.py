@@ -181,16 +181,14 @@ def settings(config: Config, annotations: Mapping[str, str], *, vcpus: int) -> S
     return Settings(
         checked=not network.spoofing,
         metadata=network.metadata,
-        ingress_rate=_lower(network.ingress_rate, _bandwidth(annotations, _INGRESS)),
-        egress_rate=_lower(network.egress_rate, _bandwidth(annotations, _EGRESS)),
+        model=network.model,
+        ingress_rate=network.ingress_rate // 8,
+        egress_rate=network.egress_rate // 8,
+        asked_ingress=_bandwidth(annotations, _INGRESS) // 8,
+        asked_egress=_bandwidth(annotations, _EGRESS) // 8,
         queues=min(vcpus, QUEUES_MAX),
         vhost=network.vhost,
     )
-
-
-def _lower(*rates: int) -> int:
-    """Return the lowest limit in bytes a second, 0 for none, of some in bits."""
-    return min((rate // 8 for rate in rates if rate), default=0)
 
 
 def _bandwidth(annotations: Mapping[str, str], key: str) -> int:

@@ -465,9 +465,13 @@ async def test_what_is_limited_at_its_hosts_end_is_left_alone(lab: Lab, shaped: 
     lab.stack.callback(lambda: subprocess.run(["ip", "link", "delete", host], capture_output=True, check=False))
     if shaped:
         run(*f"tc qdisc add dev {host} root tbf rate 1mbit burst 32k latency 50ms".split())
-    connection = await lab.connect(Settings(vhost=False, ingress_rate=10**6, egress_rate=10**6))
+    connection = await lab.connect(Settings(vhost=False, asked_ingress=10**6, asked_egress=10**6))
     expected = [] if shaped else [10**6]
     assert (rates(lab, "katapy0"), rates(lab, "eth0")) == (expected, expected)
+    connection.close()
+    # What the host's configuration says is not the plugin's affair.
+    connection = await lab.connect(Settings(vhost=False, ingress_rate=5000, egress_rate=6000, asked_egress=7000))
+    assert (rates(lab, "katapy0"), rates(lab, "eth0")) == ([5000], [6000])
     connection.close()
 
 
@@ -479,9 +483,19 @@ async def test_the_hosts_end_is_not_mistaken(lab: Lab) -> None:
     run(*f"tc qdisc add dev {host} root tbf rate 1mbit burst 32k latency 50ms".split())
     lab.ip(f"link add name p0 index {index} type veth peer name eth0 netns {lab.pod}", namespace=lab.wire)
     assert json.loads(lab.ip("-j link show dev p0", namespace=lab.wire))[0]["ifindex"] == index
-    connection = await lab.connect(Settings(vhost=False, ingress_rate=10**6, egress_rate=10**6))
+    connection = await lab.connect(Settings(vhost=False, asked_ingress=10**6, asked_egress=10**6))
     assert (rates(lab, "katapy0"), rates(lab, "eth0")) == ([10**6], [10**6])
     connection.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "asked", "expected"), [(0, 0, []), (0, 2000, [2000]), (1000, 2000, [1000]), (2000, 1000, [1000])]
+)
+async def test_the_lower_limit_holds(lab: Lab, host: int, asked: int, expected: list[int]) -> None:
+    lab.veth("eth0", "p0", "10.1.0.2/24")
+    settings = Settings(vhost=False, ingress_rate=host, egress_rate=host, asked_ingress=asked, asked_egress=asked)
+    await lab.connect(settings)
+    assert (rates(lab, "katapy0"), rates(lab, "eth0")) == (expected, expected)
 
 
 async def test_a_queueing_discipline_of_somebody_else_is_not_replaced(lab: Lab) -> None:
