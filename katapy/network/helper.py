@@ -20,7 +20,7 @@ from katapy import linux
 from katapy.errors import AlreadyExists, InvalidArgument, KatapyError, Unavailable, Unsupported, codes_of
 from katapy.interfaces import Address, Interface, Network
 from katapy.network import macvtap, netlink, rules, tap
-from katapy.network.netlink import IFF_NOARP, IFF_UP, Link, Netlink, Qdisc
+from katapy.network.netlink import IFF_ALLMULTI, IFF_NOARP, IFF_UP, Link, Netlink, Qdisc
 
 MESSAGE_MAX: Final = 200_000  # what a socket's buffer holds on every host
 INTERFACES_MAX: Final = 8
@@ -159,7 +159,7 @@ class Helper:
             self._next += 1
         elif known["interface"] != json.loads(json.dumps(interface)):
             known["generation"] = self._allow(known["tap"], interface, known["target"], known["generation"])
-            self._netlink.set_link(known["tap"], mtu=min(link.mtu, _MTU_MAX), up=True)
+            self._netlink.set_link(known["tap"], mtu=min(link.mtu, _MTU_MAX))
         known["interface"] = json.loads(json.dumps(interface))
         self._known[link.index] = known
         return interface
@@ -187,6 +187,9 @@ class Helper:
         self._netlink.add_ingress(index, "clsact")
         generation = self._allow(index, interface, 0)
         self._limit(index, egress)
+        # Which groups the guest joins, it is not told. Before it is up: later, the kernel would count that at the
+        # interface below, and forget to count it off again.
+        self._netlink.set_link(index, flags=IFF_ALLMULTI)
         self._up(name, mtu=0)
         queues = macvtap.open_macvtap(name, queues=self._settings["queues"], stack=self._stack)
         return queues, {"tap": index, "target": 0, "generation": generation}
@@ -260,7 +263,7 @@ class Helper:
         # Or the host's own stack would talk to the guest.
         _set_sysctl(name, "disable_ipv6", "1")
         index = socket.if_nametoindex(name)
-        self._netlink.set_link(index, mtu=mtu, up=True, queue=queue)
+        self._netlink.set_link(index, mtu=mtu, queue=queue)
         return index
 
     def _allow(self, index: int, interface: Interface, target: int, old: int | None = None) -> int:

@@ -29,13 +29,16 @@ def open_macvtap(name: str, *, queues: int, stack: ExitStack) -> list[int]:
     linux.unshare(linux.CLONE_NEWNS)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
     linux.mount("sysfs", _SYS, "sysfs", linux.MS_RDONLY)
-    devices = list(Path(_SYS, "class/net", name, "macvtap").glob("tap*/dev"))
+    try:
+        devices = [each.read_text() for each in Path(_SYS, "class/net", name, "macvtap").glob("tap*/dev")]
+    finally:
+        linux.umount(_SYS)
     if len(devices) != 1:
         raise Unavailable(f"cannot find the device of the macvtap {name}")
-    major, _, minor = devices[0].read_text().partition(":")
+    major, _, minor = devices[0].partition(":")
     linux.mount("tmpfs", _SYS, "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC)
     os.mknod(_NODE, stat.S_IFCHR | 0o600, os.makedev(int(major), int(minor)))
     try:
         return tap.open_queues(str(_NODE), name, queues=queues, stack=stack)
     finally:
-        linux.umount(_SYS)
+        linux.umount(_SYS, linux.MNT_DETACH)  # the node is open

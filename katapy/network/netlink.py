@@ -30,6 +30,7 @@ from pyroute2.netlink.rtnl.tcmsg import tcmsg  # noqa: E402
 
 IFF_UP: Final = 0x1
 IFF_NOARP: Final = 0x80
+IFF_ALLMULTI: Final = 0x200
 ETH_P_ALL: Final = 0x0003
 ROOT: Final = 0xFFFF_FFFF
 INGRESS: Final = 0xFFFF_FFF1
@@ -313,11 +314,13 @@ class Netlink:
         watching.setblocking(False)
         return watching
 
-    def set_link(self, index: int, *, mtu: int = 0, up: bool, queue: int | None = None) -> None:
-        """Set an interface's MTU in bytes (0: as it is), bring it up or down, and set its queue's length in packets."""
+    def set_link(self, index: int, *, mtu: int = 0, flags: int = IFF_UP, queue: int | None = None) -> None:
+        """Bring an interface up, set its MTU in bytes (0: as it is), and its queue's length in packets.
+
+        ``flags`` are those that it is to have, others stay.
+        """
         message = ifinfmsg()
-        message["index"], message["change"] = index, IFF_UP
-        message["flags"] = IFF_UP if up else 0
+        message["index"], message["change"], message["flags"] = index, flags, flags
         message["attrs"] = [("IFLA_MTU", mtu)] if mtu else []
         if queue is not None:
             message["attrs"] += [("IFLA_TXQLEN", queue)]

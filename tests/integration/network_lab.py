@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import pytest
+
 from katapy import linux
 from katapy.devices import Nic
 from katapy.interfaces import Interface, Network
@@ -62,8 +64,8 @@ def in_namespace(name: str, function: Callable[[], T]) -> T:
 class Lab:
     """The namespaces; everything is gone when ``stack`` is closed."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self.stack = stack
+    def __init__(self, stack: ExitStack, *, model: str = "tcfilter") -> None:
+        self.stack, self.model = stack, model
         self.pod, self.wire = (self.namespace(each) for each in ("pod", "wire"))
         # What arrives from there is the test's.
         run("ip", "netns", "exec", self.wire, "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
@@ -194,11 +196,20 @@ class Lab:
 
         return in_namespace(self.pod, read)
 
+    def require_model(self) -> None:
+        """Skip the test where the kernel does not have what the model needs."""
+        if self.model == "macvtap":
+            probe = ["ip", "-n", self.pod, "link", "add", "probe", "link", "eth0", "type", "macvtap"]
+            done = subprocess.run(probe, capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"this kernel has no macvtap: {done.stderr.strip()}")
+            self.ip("link delete probe")
+
     async def connect(self, settings: Settings = WITHOUT_VHOST) -> Connection:
         """Connect the pod; undone at the end of the test."""
         fd = os.open(self.path, os.O_RDONLY)
         try:
-            connection = Connection(PodNetwork(fd, settings))
+            connection = Connection(PodNetwork(fd, settings._replace(model=self.model)))
         finally:
             os.close(fd)
         self.stack.callback(connection.close)

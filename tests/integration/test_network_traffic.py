@@ -38,15 +38,16 @@ MARK = ipv4(OWN_IP, "255.255.255.255", protocol=17, body=udp(1, 1))
 BACK = mac(OWN) + mac(OTHER) + ipv4(OTHER_IP, OWN_IP, protocol=17, body=udp(2, 2))[12:]
 
 
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    """On one processor, so that no frame overtakes another."""
+@pytest.fixture(params=["tcfilter", "macvtap"])
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """On one processor, so that no frame overtakes another; by each model."""
     processors = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(processors)})
     try:
         with nothing_left(), ExitStack() as stack:
-            lab = Lab(stack)
+            lab = Lab(stack, model=request.param)
             lab.veth("eth0", "p0", f"{OWN_IP}/24", f"{OWN_IP6}/64", mtu=9000)
+            lab.require_model()
             yield lab
     finally:
         os.sched_setaffinity(0, processors)
@@ -145,8 +146,10 @@ async def test_all_that_comes_reaches_the_guest_and_only_the_guest(lab: Lab, fra
     wire = lab.capture("p0")
     wire.send(frame)
     assert until_frame(connection.tap(), frame) == []
-    assert lab.counters() == before
-    assert lab.ip("neigh") == ""
+    # What is for many, the kernel gives a macvtap's interface too.
+    if lab.model == "tcfilter" or not frame[0] & 1:
+        assert lab.counters() == before
+        assert lab.ip("neigh") == ""
 
 
 async def test_without_checks_everything_passes(lab: Lab) -> None:
