@@ -135,12 +135,24 @@ def test_hooks_after_the_start(
     assert len(_log(tmp_path)) == 3
 
 
-def test_a_network_is_refused_and_not_ignored(katapy: Katapy, bundle: MakeBundle) -> None:
-    script = "ip link add veth-k type veth peer name eth0 netns $(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/')"
-    hooks = _hooks(prestart=[{"path": "/bin/sh", "args": ["sh", "-c", script]}])
-    done = katapy("create", "--bundle", bundle(["true"], edit=hooks), "c1")
-    assert done.returncode == 1
-    assert b"cannot connect c1 to eth0" in done.stderr
+@pytest.mark.parametrize("point", ["prestart", "createRuntime"])
+def test_an_interface_that_a_hook_makes_is_in_the_vm(katapy: Katapy, bundle: MakeBundle, point: str) -> None:
+    """In the namespace of the process whose pid the hook is told; attached and detached."""
+    script = """
+        pid=$(sed 's/.*"pid": *\\([0-9]*\\).*/\\1/')
+        ip link add katapy-k type veth peer name eth7 netns $pid
+        nsenter --net=/proc/$pid/ns/net ip address add 192.0.2.7/24 dev eth7
+        nsenter --net=/proc/$pid/ns/net ip link set eth7 up
+    """
+    path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
+    hooks = _hooks(**{point: [{"path": "/bin/sh", "args": ["sh", "-c", script], "env": [path]}]})
+    look = "ip addr show eth7 | grep -c 192.0.2.7/24"
+    done = katapy("run", "--bundle", bundle(["sh", "-c", look], edit=hooks), "c1", check=True)
+    assert done.stdout == b"1\n"
+    katapy.detach("create", "--bundle", bundle(["sleep", "1000"], edit=hooks), "c2")
+    katapy("start", "c2", check=True)
+    assert katapy("exec", "c2", "sh", "-c", look, check=True).stdout == b"1\n"
+    katapy("delete", "--force", "c2", check=True)
 
 
 @contextmanager
