@@ -51,7 +51,9 @@ def own_host() -> Iterator[None]:
 
 def ip(arguments: str) -> str:
     """Run ip(8) on the host and return what it prints."""
-    return subprocess.run(["ip", *arguments.split()], check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(["ip", *arguments.split()], capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0, f"ip {arguments}: {done.stderr}"
+    return done.stdout
 
 
 @dataclass(frozen=True)

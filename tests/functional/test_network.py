@@ -6,7 +6,12 @@ for many tests; those that kill, spoof or refuse have pods of their own.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import socket
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +21,7 @@ from typing import Any
 import pytest
 import station
 from cni import Namespace, Network, Station, addresses_of, ip, own_host, set_offloads
-from harness import Edit, Katapy, make_bundle
+from harness import DEADLINE, Edit, Katapy, make_bundle
 
 BRIDGE = "bridge0"
 GATEWAYS = ("10.88.0.1", "fd88::1")
@@ -209,6 +214,19 @@ def assert_alike(one: Station, namespace: Namespace, *interfaces: str) -> None:
         assert routes_seen(one.sh(f"ip {family} route")) == routes_seen(routes)
 
 
+def await_alike(one: Station, namespace: Namespace, *interfaces: str) -> None:
+    """Wait until a pod sees what its namespace has come to have."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        try:
+            assert_alike(one, namespace, *interfaces)
+        except AssertionError:
+            if time.monotonic() > deadline:
+                raise
+        else:
+            return
+
+
 def test_a_pod_has_the_interface_of_its_namespace(places: dict[str, Place]) -> None:
     for name in ("a", "b"):
         namespace = places[name].namespace
@@ -323,3 +341,166 @@ def test_much_data_arrives_as_it_was(places: dict[str, Place], mtu: int, offload
 def test_a_thousand_short_connections(places: dict[str, Place]) -> None:
     assert places["host"].station("many", places["a"].addresses[0], 500) == []
     assert places["host"].station("many", places["a"].addresses[1], 500) == []
+
+
+def test_names_are_those_of_the_engines_files(places: dict[str, Place], directory: Path) -> None:
+    """An engine gives resolv.conf and hosts as mounts; who is asked is a server on the bridge."""
+    (directory / "www").mkdir()
+    (directory / "www/page").write_text("served by name\n")
+    pod_a, outside = places["a"].station, places["host"].station
+    outside("name_server", GATEWAYS[0], NAMES)
+    answer = pod_a.sh("nslookup web.test").partition("web.test")[2]
+    assert all(address in answer for address in GATEWAYS), answer
+    status, refused = pod_a("sh", "nslookup nobody.test")
+    assert status != 0, refused
+    with subprocess.Popen(["busybox", "httpd", "-f", "-p", "8000", "-h", directory / "www"]) as server:
+        try:
+            until(pod_a, f"nc -w 5 {GATEWAYS[0]} 8000 </dev/null")
+            for name in ("web.test", "four.test", "from-hosts", f"[{GATEWAYS[1]}]"):
+                assert pod_a.sh(f"wget -q -O - http://{name}:8000/page") == "served by name\n"
+        finally:
+            server.kill()
+
+
+def test_sysctls_of_the_network_are_the_vms(places: dict[str, Place]) -> None:
+    for name, value in SYSCTLS.items():
+        assert places["a"].station.sh(f"cat /proc/sys/{name.replace('.', '/')}") == f"{value}\n"
+    # And of nobody else.
+    namespace = places["a"].namespace
+    assert namespace is not None
+    assert namespace("cat", "/proc/sys/net/core/somaxconn") != "1234\n"
+
+
+@dataclass
+class Several:
+    """A pod with three networks: "eth0" of ptp, "net1" of macvlan, "net2" of a bridge with limits."""
+
+    station: Station
+    namespace: Namespace
+    host: Station
+    sibling: Station
+    addresses: dict[str, list[str]]
+
+
+LIMIT = 16_000_000  # bits a second, of the plugin
+OWN_LIMIT = 32_000_000  # of the annotations
+NEIGHBOUR = ("10.92.0.77", "02:00:5e:10:00:77")
+SIX_NEIGHBOUR = ("fd92::77", "02:00:5e:10:00:78")
+
+
+@pytest.fixture(scope="module")
+def several(directory: Path, busybox: Path) -> Iterator[Several]:
+    ip("link add parent0 type veth peer name parent1")
+    for each in ("parent0", "parent1"):
+        ip(f"link set {each} up")
+    macvlan = {"type": "macvlan", "master": "parent0", "mode": "bridge", "mtu": 1400}
+    macvlan["ipam"] = host_local(directory, "10.91.0.0/24", "fd91::/64") | {"routes": []}
+    shaped = {"ingressRate": LIMIT, "ingressBurst": LIMIT // 20, "egressRate": LIMIT, "egressBurst": LIMIT // 20}
+    extra = [{"dst": "192.0.2.0/24", "gw": "10.92.0.1"}, {"dst": "2001:db8::/32", "gw": "fd92::1"}]
+    third = bridge(directory, "bridge2", "10.92.0.0/24", "fd92::/64")
+    third["ipam"]["routes"] = extra
+    networks = {
+        "lo": Network("loopback", [{"type": "loopback"}]),
+        "eth0": Network("ptp", [{"type": "ptp", "ipam": host_local(directory, "10.90.0.0/24", "fd90::/64")}]),
+        "net1": Network("macvlan", [macvlan]),
+        "net2": Network("shaped", [third, {"type": "bandwidth", **shaped}]),
+    }
+
+    def limited(spec: dict[str, Any]) -> None:
+        spec["annotations"] = {
+            "kubernetes.io/ingress-bandwidth": f"{OWN_LIMIT // 1_000_000}M",
+            "kubernetes.io/egress-bandwidth": f"{OWN_LIMIT // 1_000_000}M",
+        }
+
+    with ExitStack() as stack:
+        namespace = stack.enter_context(Namespace.made(directory / "several.netns"))
+        for interface, each in networks.items():
+            each.add(namespace, interface)
+            stack.callback(each.delete, namespace, interface)
+        for address, hardware in (NEIGHBOUR, SIX_NEIGHBOUR):
+            namespace.ip(f"neigh add {address} lladdr {hardware} nud permanent dev net2")
+        other = stack.enter_context(attached(networks["net1"], directory / "sibling.netns"))
+        yield Several(
+            stack.enter_context(pod(directory, busybox, "several", namespace, edit=limited)),
+            namespace,
+            stack.enter_context(Station.here("host")),
+            stack.enter_context(Station.here("sibling", other)),
+            {name: addresses_of(networks[name].results[namespace.path, name]) for name in ("eth0", "net1", "net2")}
+            | {"sibling": addresses_of(networks["net1"].results[other.path, "eth0"])},
+        )
+    ip("link del parent0")
+
+
+def test_a_pod_in_several_networks(several: Several) -> None:
+    """Of ptp, macvlan and a bridge, with routes, neighbours and an MTU of their own; and loopback."""
+    one = several.station
+    assert_alike(one, several.namespace, "eth0", "net1", "net2")
+    assert one.sh("cat /sys/class/net/net1/mtu") == "1400\n"
+    assert "inet 127.0.0.1/8" in one.sh("ip -o addr show dev lo")
+    assert one("tcp", "127.0.0.1", "myself") == one("tcp", "::1", "myself") == "flesym"
+    for family, destination in (("-4", "192.0.2.0/24"), ("-6", "2001:db8::/32")):
+        assert destination in one.sh(f"ip {family} route")
+    for address, hardware in (NEIGHBOUR, SIX_NEIGHBOUR):
+        (line,) = [line for line in one.sh("ip neigh").splitlines() if line.split()[0] == address]
+        assert (hardware in line, "PERMANENT" in line) == (True, True)
+    gateways = {
+        "eth0": ("10.90.0.1", "fd90::1"),
+        "net1": several.addresses["sibling"],
+        "net2": ("10.92.0.1", "fd92::1"),
+    }
+    for interface, others in gateways.items():
+        peer = several.sibling if interface == "net1" else several.host
+        for own, other in zip(several.addresses[interface], others, strict=True):
+            for protocol in ("tcp", "udp"):
+                assert one(protocol, other, f"{protocol} by {interface}") == f"{protocol} by {interface}"[::-1]
+                assert peer(protocol, own, f"{protocol} to {interface}") == f"{protocol} to {interface}"[::-1]
+
+
+@pytest.mark.parametrize(("interface", "limit"), [("net2", LIMIT), ("eth0", OWN_LIMIT)])
+def test_a_limit_holds_and_is_one(several: Several, interface: str, limit: int) -> None:
+    """The bandwidth plugin's on the host where there is one; katapy's own for the annotations elsewhere."""
+    size = limit // 8 * 2  # two seconds
+    gateway = {"net2": "10.92.0.1", "eth0": "10.90.0.1"}[interface]
+    for order in ("put", "get"):
+        intact, took = several.station(order, gateway, size)
+        rate = size * 8 / took
+        print(f"{order} over {interface}: {rate / 1e6:.1f} Mbit/s of {limit / 1e6:.0f}")
+        assert intact
+        assert limit / 4 < rate < limit * 1.3
+    shaped = [each["dev"] for each in json.loads(several.namespace("tc", "-json", "qdisc")) if each["kind"] == "tbf"]
+    names = {each["ifname"]: each["ifindex"] for each in json.loads(several.namespace.ip("-json link"))}
+    own = {interface, f"katapy{names[interface]}"}
+    assert own.isdisjoint(shaped) if interface == "net2" else own <= set(shaped)
+
+
+def test_networks_that_come_and_go(several: Several, directory: Path) -> None:
+    """While a connection over another interface goes on."""
+    one, namespace = several.station, several.namespace
+    late = Network("late", [bridge(directory, "bridge3", "10.93.0.0/24", "fd93::/64")])
+    late.plugins[0]["ipam"]["routes"] = []
+    own = several.addresses["eth0"][0]
+    data = os.urandom(MIB)
+    for _ in range(2):
+        with socket.create_connection((own, station.PORT), timeout=DEADLINE) as connection:
+            connection.sendall(f"put {2 * MIB}\n".encode() + data)
+            result = late.add(namespace, "net3")
+            try:
+                four, six = addresses_of(result)
+                await_alike(one, namespace, "eth0", "net1", "net2", "net3")
+                for gateway, address in (("10.93.0.1", four), ("fd93::1", six)):
+                    assert one("tcp", gateway, "late") == several.host("tcp", address, "late") == "etal"
+
+                namespace.ip("addr add 10.93.0.200/24 dev net3")
+                namespace.ip("route add 198.51.100.0/24 via 10.93.0.1")
+                await_alike(one, namespace, "eth0", "net1", "net2", "net3")
+                assert several.host("tcp", "10.93.0.200", "another") == "rehtona"
+                namespace.ip("route del 198.51.100.0/24")
+                namespace.ip("addr del 10.93.0.200/24 dev net3")
+                await_alike(one, namespace, "eth0", "net1", "net2", "net3")
+            finally:
+                late.delete(namespace, "net3")
+            await_alike(one, namespace, "eth0", "net1", "net2")
+            assert len([name for name in namespace.links() if name.startswith("katapy")]) == 4  # a sink and three taps
+            connection.sendall(data)
+            assert connection.makefile("rb").read() == hashlib.sha256(2 * data).hexdigest().encode()
+    ip("link del bridge3")
