@@ -57,8 +57,8 @@ class SandboxNetwork:
         await ready
         if self._helper is None:
             return ()
-        helper, self._helper = self._helper, None
         namespace = self._open_namespace()
+        helper, self._helper = self._helper, None
         try:
             if self._namespace is not None and self._namespace.path:
                 self._container.record.network(self._namespace.path)

@@ -10,6 +10,7 @@ import array
 import fcntl
 import json
 import os
+import re
 import select
 import socket
 import struct
@@ -30,6 +31,9 @@ from katapy import linux
 PLUGINS = Path("/usr/lib/cni")
 _ETH_P_ALL = 3
 _OUTGOING = 4  # PACKET_OUTGOING, linux/if_packet.h
+_TIMER = re.compile(r"\S+_timer +\S+ ")  # of a bridge
+_CLONE_FS = 0x200
+_MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
 _SIOCETHTOOL = 0x8946
 # ETHTOOL_S…: checksums, scatter and gather, segmentation by the card and by the kernel, and its reversal. A getter's
 # number is one less.
@@ -38,15 +42,24 @@ _OFFLOADS = (0x17, 0x19, 0x1F, 0x24, 0x2C)
 
 @contextmanager
 def own_host() -> Iterator[None]:
-    """Be in a network namespace of one's own, which is "the host" to all that is started meanwhile."""
-    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    """Be in namespaces of one's own, which are "the host" to all that is started meanwhile: of network and of mounts.
+
+    The second, because a namespace's file is a mount, and whoever else tests here looks for mounts that are left.
+    """
+    kinds = {"net": linux.CLONE_NEWNET, "mnt": linux.CLONE_NEWNS}
+    before = {name: os.open(f"/proc/thread-self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in kinds}
+    directory = Path.cwd()
     try:
-        linux.unshare(linux.CLONE_NEWNET)
+        linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS)
+        linux.mount(None, "/", None, _MS_REC | _MS_PRIVATE)
         ip("link set lo up")
         yield
     finally:
-        linux.setns(before, linux.CLONE_NEWNET)
-        os.close(before)
+        linux.unshare(_CLONE_FS)  # threads that were started meanwhile share it, and only one's own can be moved
+        for name, fd in before.items():
+            linux.setns(fd, kinds[name])
+            os.close(fd)
+        os.chdir(directory)
 
 
 def ip(arguments: str) -> str:
@@ -105,7 +118,7 @@ class Namespace:
         """Return the names of its interfaces."""
         return [each["ifname"] for each in json.loads(self.ip("-json link"))]
 
-    def look(self) -> dict[str, str]:
+    def look(self) -> list[str]:
         """Return all that the kernel tells of its network."""
         with self.entered():
             return look()
@@ -116,7 +129,7 @@ class Namespace:
         return {line.split(":")[0].strip(): line.split(":")[1].split() for line in lines}
 
 
-def look() -> dict[str, str]:
+def look() -> list[str]:
     """Return all that the kernel tells of the host's network, once no address is tentative any more."""
     deadline = time.monotonic() + DEADLINE
     while "tentative" in ip("addr"):
@@ -124,8 +137,12 @@ def look() -> dict[str, str]:
     commands = ["ip -details link", "ip addr", "ip route show table all", "ip -6 route show table all", "tc qdisc"]
     for each in json.loads(ip("-json link")):
         commands += [f"tc filter show dev {each['ifname']} {place}" for place in ("root", "ingress")]
-    # A place for filters that is not there is an error, and none.
-    return {each: subprocess.run(each.split(), capture_output=True, text=True).stdout for each in commands}
+    found = []
+    for each in commands:
+        # A place for filters that is not there is an error, and none.
+        told = subprocess.run(each.split(), capture_output=True, text=True).stdout
+        found += [f"{each}: {_TIMER.sub('', line).rstrip()}" for line in told.splitlines()]
+    return found
 
 
 def firewall() -> str:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import select
+import signal
 import socket
+import struct
 import subprocess
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +24,8 @@ from typing import Any
 
 import pytest
 import station
-from cni import Namespace, Network, Station, addresses_of, ip, own_host, set_offloads
-from harness import DEADLINE, Edit, Katapy, make_bundle
+from cni import Capture, Namespace, Network, Station, addresses_of, firewall, ip, look, own_host, set_offloads
+from harness import DEADLINE, Edit, Katapy, MakeBundle, make_bundle
 
 BRIDGE = "bridge0"
 GATEWAYS = ("10.88.0.1", "fd88::1")
@@ -67,6 +71,8 @@ def bridge(directory: Path, name: str, *subnets: str, **more: Any) -> dict[str, 
 @pytest.fixture(scope="module")
 def network(directory: Path) -> Network:
     """The network of most pods here."""
+    # Or the bridge's own address would be that of one of its ports, and change with them.
+    ip(f"link add {BRIDGE} address 02:00:5e:00:00:01 type bridge")
     portmap = {"type": "portmap", "snat": True, "capabilities": {"portMappings": True}}
     return Network("pods", [bridge(directory, BRIDGE, "10.88.0.0/24", "fd88::/64"), portmap])
 
@@ -136,6 +142,7 @@ def pod(
 def attached(network: Network, path: Path, interface: str = "eth0", **capabilities: Any) -> Iterator[Namespace]:
     """Make a namespace that is in a network."""
     with Namespace.made(path) as namespace:
+        namespace.ip("link set lo up")
         network.add(namespace, interface, **capabilities)
         try:
             yield namespace
@@ -414,9 +421,9 @@ def several(directory: Path, busybox: Path) -> Iterator[Several]:
 
     with ExitStack() as stack:
         namespace = stack.enter_context(Namespace.made(directory / "several.netns"))
-        for interface, each in networks.items():
-            each.add(namespace, interface)
-            stack.callback(each.delete, namespace, interface)
+        for interface, one in networks.items():
+            one.add(namespace, interface)
+            stack.callback(one.delete, namespace, interface)
         for address, hardware in (NEIGHBOUR, SIX_NEIGHBOUR):
             namespace.ip(f"neigh add {address} lladdr {hardware} nud permanent dev net2")
         other = stack.enter_context(attached(networks["net1"], directory / "sibling.netns"))
@@ -504,3 +511,441 @@ def test_networks_that_come_and_go(several: Several, directory: Path) -> None:
             connection.sendall(data)
             assert connection.makefile("rb").read() == hashlib.sha256(2 * data).hexdigest().encode()
     ip("link del bridge3")
+
+
+def settings(path: Path, *lines: str) -> tuple[str, str]:
+    """Return the options of a command line that has these settings beside those of all tests."""
+    named = os.environ.get("KATAPY_CONFIG")
+    path.write_text("\n".join([Path(named).read_text() if named else "", *lines]))
+    path.chmod(0o600)
+    return "--config", str(path)
+
+
+TRIES = (
+    f"for each in 10.88.0.1 10.94.0.1 fd88::1; do ping -c 1 -W 1 $each; echo x | nc -u -w 1 $each {station.PORT}; done"
+)
+
+
+@contextmanager
+def nothing_moves(namespace: Namespace, *links: str) -> Iterator[None]:
+    """Assert that meanwhile a namespace has these interfaces and no packet passes any."""
+    before = namespace.counters()
+    assert sorted(before) == sorted(links)
+    yield
+    assert namespace.counters() == before
+
+
+def assert_no_network(one: Station) -> None:
+    """Assert that a pod has loopback and nothing else, and let it try to reach others."""
+    assert one.sh("ls /sys/class/net") == "lo\n"
+    assert NETWORK_CARD not in one.sh(CARDS)
+    assert "100% packet loss" not in one.sh(f"{TRIES} 2>&1; true")  # it cannot even send
+    assert one("tcp", "127.0.0.1", "myself") == "flesym"
+
+
+FOREIGN = "02:00:5e:00:00:66"
+CARDS = "cat /sys/bus/pci/devices/*/class"
+NETWORK_CARD = "0x0200"
+
+
+def test_a_namespace_of_its_own_is_no_network(places: dict[str, Place], directory: Path, busybox: Path) -> None:
+    assert NETWORK_CARD in places["a"].station.sh(CARDS)
+    with pod(directory, busybox, "fresh", None) as one:
+        pid = Katapy(directory / "fresh.run").state("fresh")["pid"]
+        namespace = Namespace(Path(f"/proc/{pid}/ns/net"))
+        assert os.stat(namespace.path).st_ino != os.stat("/proc/self/ns/net").st_ino
+        with nothing_moves(namespace, "lo"):
+            assert_no_network(one)
+
+
+def test_an_empty_namespace_is_no_network(directory: Path, busybox: Path) -> None:
+    with Namespace.made(directory / "empty.netns") as namespace:
+        before = namespace.look()
+        with pod(directory, busybox, "empty", namespace) as one, nothing_moves(namespace, "lo"):
+            assert_no_network(one)
+        assert namespace.look() == before
+
+
+def test_a_network_that_the_configuration_forbids(directory: Path, busybox: Path) -> None:
+    """What the namespace has stays unused."""
+    options = settings(directory / "none.toml", "[network]", 'model = "none"')
+    with Namespace.made(directory / "none.netns") as namespace:
+        namespace("sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+        ip(f"link add outer type veth peer name eth0 netns {os.getpid()}")
+        ip(f"link set eth0 netns {namespace.path}")
+        Path("/proc/sys/net/ipv6/conf/outer/disable_ipv6").write_text("1")
+        ip("addr add 10.94.0.1/24 dev outer")
+        ip("link set outer up")
+        namespace.ip("addr add 10.94.0.2/24 dev eth0")
+        namespace.ip("link set eth0 up")
+        before = namespace.look()
+        with pod(directory, busybox, "none", namespace, options=options) as one, nothing_moves(namespace, "lo", "eth0"):
+            assert_no_network(one)
+            assert namespace.look() == before
+
+
+def checksum(data: bytes) -> bytes:
+    """Return the Internet's checksum (RFC 1071)."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total = (total & 0xFFFF) + (total >> 16)
+    return (~(total + (total >> 16)) & 0xFFFF).to_bytes(2, "big")
+
+
+def hardware(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def ethernet(source: str, kind: int, body: bytes, target: str = "ff:ff:ff:ff:ff:ff") -> bytes:
+    return hardware(target) + hardware(source) + kind.to_bytes(2, "big") + body
+
+
+def arp(operation: int, sender: str, address: str, asked: str) -> bytes:
+    known = hardware(sender) + socket.inet_aton(address)
+    return struct.pack("!HHBBH", 1, 0x0800, 6, 4, operation) + known + hardware(sender) + socket.inet_aton(asked)
+
+
+def ipv4(source: str, target: str, body: bytes = b"") -> bytes:
+    """Return a UDP datagram to the discard port in an IPv4 packet."""
+    datagram = struct.pack("!HHHH", 9, 9, 8 + len(body), 0) + body
+    head: bytes = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(datagram), 0, 0, 64, 17, 0)
+    ends = socket.inet_aton(source) + socket.inet_aton(target)
+    return head[:10] + checksum(head + ends) + ends + datagram
+
+
+def ipv6(source: str, target: str, following: int, body: bytes, hops: int = 255) -> bytes:
+    ends = socket.inet_pton(socket.AF_INET6, source) + socket.inet_pton(socket.AF_INET6, target)
+    return struct.pack("!IHBB", 6 << 28, len(body), following, hops) + ends + body
+
+
+def advertisement(source: str, claimed: str, at: str) -> bytes:
+    """Return a neighbour advertisement for all nodes: solicited by nobody, overriding (RFC 4861, section 4.4)."""
+    body = struct.pack("!BBHI", 136, 0, 0, 1 << 29) + socket.inet_pton(socket.AF_INET6, claimed)
+    body += b"\2\1" + hardware(at)
+    ends = socket.inet_pton(socket.AF_INET6, source) + socket.inet_pton(socket.AF_INET6, "ff02::1")
+    total = checksum(ends + struct.pack("!II", len(body), 58) + body)
+    return ipv6(source, "ff02::1", 58, body[:2] + total + body[4:])
+
+
+def forgeries(own: tuple[str, str, str], victim: tuple[str, str], host: str) -> dict[str, bytes]:
+    """Return frames that say what is not so; ``own`` are the sender's hardware address, IPv4 and IPv6."""
+    mac, four, six = own
+    other = "02:00:5e:00:00:99"
+    udp_body = struct.pack("!HHHH", 9, 9, 8, 0)
+    claim = advertisement(six, victim[1], mac)
+    router = ipv6("fe80::99", "ff02::1", 58, struct.pack("!BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0))
+    found: dict[str, bytes] = {
+        "arp answer": ethernet(mac, 0x0806, arp(2, mac, victim[0], victim[0])),
+        "arp request": ethernet(mac, 0x0806, arp(1, mac, victim[0], GATEWAYS[0])),
+        "arp of another card": ethernet(mac, 0x0806, arp(2, other, four, four)),
+        "arp from another card": ethernet(other, 0x0806, arp(2, mac, four, four)),
+        "tagged arp": ethernet(mac, 0x8100, b"\0\7\x08\x06" + arp(2, mac, victim[0], victim[0])),
+        "untagged arp": ethernet(mac, 0x8100, b"\0\0\x08\x06" + arp(2, mac, victim[0], victim[0])),
+        "twice tagged arp": ethernet(mac, 0x88A8, b"\0\7\x81\0\0\7\x08\x06" + arp(2, mac, victim[0], victim[0])),
+        "source": ethernet(mac, 0x0800, ipv4(victim[0], GATEWAYS[0]), host),
+        "card": ethernet(other, 0x0800, ipv4(four, GATEWAYS[0]), host),
+        "loopback": ethernet(mac, 0x0800, ipv4(four, "127.0.0.1"), host),
+        "metadata": ethernet(mac, 0x0800, ipv4(four, "169.254.169.254"), host),
+        "from loopback": ethernet(mac, 0x0800, ipv4("127.0.0.1", GATEWAYS[0]), host),
+        "source of IPv6": ethernet(mac, 0x86DD, ipv6(victim[1], GATEWAYS[1], 17, udp_body), host),
+        "card of IPv6": ethernet(other, 0x86DD, ipv6(six, GATEWAYS[1], 17, udp_body), host),
+        "loopback of IPv6": ethernet(mac, 0x86DD, ipv6(six, "::1", 17, udp_body), host),
+        "metadata of IPv6": ethernet(mac, 0x86DD, ipv6(six, "fd00:ec2::254", 17, udp_body), host),
+        "advertisement": ethernet(mac, 0x86DD, claim),
+        "advertisement behind options": ethernet(
+            mac, 0x86DD, ipv6(six, "ff02::1", 0, b"\x3a\0\1\4\0\0\0\0" + claim[40:])
+        ),
+        "router": ethernet(mac, 0x86DD, router),
+        "spanning tree": ethernet(mac, 38, b"\x42\x42\3" + bytes(35), "01:80:c2:00:00:00"),
+        "unknown protocol": ethernet(mac, 0x88B5, bytes(46)),
+    }
+    # What comes last is looked for: no header says how long a frame is.
+    return {name: frame.ljust(60, b"\0") + f"[{name}]".encode() for name, frame in found.items()}
+
+
+def neighbours(one: Station, addresses: Sequence[str]) -> dict[str, str]:
+    """Return where somebody thinks that addresses are."""
+    found = {}
+    for line in one.sh("ip neigh").splitlines():
+        parts = line.split()
+        if parts[0] in addresses and "lladdr" in parts:
+            found[parts[0]] = parts[parts.index("lladdr") + 1]
+    return found
+
+
+@dataclass
+class Mallory:
+    """A pod that is root of its network, its hardware address, and all that comes out of it."""
+
+    place: Place
+    mac: str
+    capture: Capture
+
+    def send(self, frames: Mapping[str, bytes]) -> list[str]:
+        """Send frames, and then something honest; return which of them have come out."""
+        honest = ethernet(self.mac, 0x0800, ipv4(self.place.addresses[0], GATEWAYS[0], b"[honest]"), bridge_address())
+        self.capture.frames.clear()
+        self.place.station("raw", "eth0", [frame.hex() for frame in (*frames.values(), honest)])
+        seen = self.capture.until(b"[honest]")
+        return [name for name in frames if any(f"[{name}]".encode() in frame for frame in seen)]
+
+
+@contextmanager
+def mallory_with(directory: Path, busybox: Path, network: Network, name: str, *lines: str) -> Iterator[Mallory]:
+    options = settings(directory / f"{name}.toml", *lines)
+    with (
+        attached(network, directory / f"{name}.netns") as namespace,
+        pod(directory, busybox, name, namespace, "CAP_NET_ADMIN", options=options) as found,
+    ):
+        one = place(network, namespace, found)
+        with Capture(one.link) as capture:
+            yield Mallory(one, network.results[namespace.path, "eth0"]["interfaces"][2]["mac"], capture)
+
+
+@pytest.fixture(scope="module")
+def mallory(directory: Path, busybox: Path, network: Network, metadata: None) -> Iterator[Mallory]:
+    with mallory_with(directory, busybox, network, "mallory") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def metadata(places: dict[str, Place]) -> None:
+    """Have the service that clouds have."""
+    ip(f"addr add 169.254.169.254/32 dev {BRIDGE}")
+
+
+def bridge_address() -> str:
+    return str(json.loads(ip(f"-json link show dev {BRIDGE}"))[0]["address"])
+
+
+def claims(frame: bytes) -> set[str]:
+    """Return the addresses that a frame says are its sender's."""
+    kind, body = int.from_bytes(frame[12:14], "big"), frame[14:]
+    found = {frame[6:12].hex(":")}
+    if kind == 0x0800:
+        found.add(socket.inet_ntoa(body[12:16]))
+    elif kind == 0x0806:
+        found |= {body[8:14].hex(":"), socket.inet_ntoa(body[14:18])}
+    elif kind == 0x86DD:
+        found.add(socket.inet_ntop(socket.AF_INET6, body[8:24]))
+        if body[6] == 58 and body[40] == 136:
+            found.add(socket.inet_ntop(socket.AF_INET6, body[48:64]))
+    return found
+
+
+def test_a_guest_cannot_pass_for_another(places: dict[str, Place], mallory: Mallory) -> None:
+    """Root in it, with every right on its network: nothing that it forges gets out, and nobody is misled."""
+    one, mac, victim = mallory.place, mallory.mac, places["a"]
+    four, six = victim.addresses
+    everybody = [each.addresses[family] for each in places.values() for family in (0, 1)]
+    witnesses = [places["b"].station, places["host"].station, places["namespace"].station]
+    for address in everybody:
+        for each in (*witnesses, one.station):
+            each("udp", address, "here")
+    known = [neighbours(each, everybody) for each in witnesses]
+    assert all(each[address] != mac for each in known for address in victim.addresses)
+    assert mallory.send(forgeries((mac, *one.addresses), victim.addresses, bridge_address())) == []
+
+    # And by the guest's own kernel.
+    one.station.sh(f"""set -e
+        ip link set dev eth0 address {FOREIGN}; ping -c 1 -W 1 {GATEWAYS[0]} || :
+        ip link set dev eth0 address {mac}
+        ip addr add {four}/24 dev eth0; ip addr add {six}/64 dev eth0
+        arping -U -c 1 -w 2 -I eth0 {four} || :; arping -A -c 1 -w 2 -I eth0 {four} || :
+        ping -c 1 -W 1 -I {four} {GATEWAYS[0]} || :; ping -6 -c 1 -W 1 -I {six} {GATEWAYS[1]} || :
+        ip addr del {four}/24 dev eth0; ip addr del {six}/64 dev eth0
+    """)
+    mallory.send({})
+    assert [each for each in map(claims, mallory.capture.frames) if each & {FOREIGN, four, six}] == []
+    for each, before in zip(witnesses, known, strict=True):
+        assert neighbours(each, everybody) == before
+    # It is a neighbour like every other all the same.
+    assert one.station("tcp", four, "honest") == one.station("tcp", six, "honest") == "tsenoh"
+
+
+def test_a_guest_advertises_nothing_in_anothers_name(places: dict[str, Place], mallory: Mallory) -> None:
+    """Also not its own address."""
+    claim = advertisement(places["a"].addresses[1], mallory.place.addresses[1], mallory.mac)
+    assert mallory.send({"advertisement": ethernet(mallory.mac, 0x86DD, claim) + b"[advertisement]"}) == []
+
+
+def test_a_guest_reaches_no_metadata_unless_that_is_allowed(
+    mallory: Mallory, network: Network, directory: Path, busybox: Path
+) -> None:
+    assert mallory.place.station.attempt("tcp", "169.254.169.254", "metadata", patience=3)[0] is False
+    with (
+        attached(network, directory / "asking.netns") as namespace,
+        pod(
+            directory,
+            busybox,
+            "asking",
+            namespace,
+            options=settings(directory / "asking.toml", "[network]", "metadata = true"),
+        ) as one,
+    ):
+        assert one("tcp", "169.254.169.254", "metadata", patience=3) == "atadatem"
+
+
+def test_a_guest_may_forge_where_that_is_allowed(
+    directory: Path, busybox: Path, network: Network, metadata: None
+) -> None:
+    """So it is the check that keeps the same frames of the same guest from getting out."""
+    with mallory_with(directory, busybox, network, "router", "[network]", "spoofing = true") as router:
+        # In nobody's name, for nobody must be misled.
+        own = (router.mac, *router.place.addresses)
+        frames = forgeries(own, ("10.88.0.250", "fd88::250"), bridge_address())
+        assert router.send(frames) == list(frames)
+
+
+def part_of(katapy: Katapy, name: str, part: str) -> int:
+    """Return the pid of one of a pod's processes."""
+    state = json.loads((katapy.root / name / "state.json").read_text())
+    return next(int(each["pid"]) for each in (state["shim"], *state["helpers"]) if part in each["name"].lower())
+
+
+def tapped(namespace: Namespace) -> bool:
+    """Tell whether a VM is connected to a namespace."""
+    return any(name.startswith("katapy") for name in namespace.links())
+
+
+@pytest.mark.parametrize("part", ["", "qemu", "virtiofsd", "shim"])
+def test_a_namespace_is_left_as_it_was(
+    katapy: Katapy, bundle: MakeBundle, tmp_path: Path, network: Network, part: str
+) -> None:
+    """Whatever ends the pod."""
+    with attached(network, tmp_path / f"left-{part}.netns") as namespace:
+        before, outside, rules = namespace.look(), look(), firewall()
+        katapy.detach("run", "--detach", "--bundle", bundle(["sleep", "1000"], edit=joined(namespace)), "c1")
+        assert tapped(namespace)
+        if part:
+            pidfd = os.pidfd_open(katapy.state("c1")["pid"])
+            os.kill(part_of(katapy, "c1", part), signal.SIGKILL)
+            assert select.select([pidfd], [], [], DEADLINE)[0]
+            os.close(pidfd)
+        katapy("delete", "--force", "c1", check=True)
+        assert namespace.look() == before
+        assert (look(), firewall()) == (outside, rules)
+
+
+def live_and_die(katapy: Katapy, bundle: MakeBundle, tmp_path: Path, network: Network, count: int) -> None:
+    """Make and delete so many pods with networks of their own; nothing of them may be left."""
+    outside, mounts = look(), Path("/proc/self/mountinfo").read_text()
+    given = sorted(path.name for path in (tmp_path.parent).rglob(f"addresses/{network.name}/10.*"))
+    for number in range(count):
+        with attached(network, tmp_path / f"pod{number}.netns") as namespace:
+            before = namespace.look()
+            gateway = network.results[namespace.path, "eth0"]["ips"][0]["gateway"]
+            argv = ["ping", "-c", "1", "-W", "30", gateway]
+            katapy("run", "--bundle", bundle(argv, edit=joined(namespace)), f"c{number}", check=True)
+            assert namespace.look() == before
+    assert (look(), Path("/proc/self/mountinfo").read_text()) == (outside, mounts)
+    assert sorted(path.name for path in (tmp_path.parent).rglob(f"addresses/{network.name}/10.*")) == given
+
+
+@pytest.mark.usefixtures("places")  # or the bridge would have a carrier now and then
+def test_nothing_piles_up(katapy: Katapy, bundle: MakeBundle, tmp_path: Path, network: Network) -> None:
+    live_and_die(katapy, bundle, tmp_path, network, 3)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("places")
+def test_nothing_piles_up_of_fifty(katapy: Katapy, bundle: MakeBundle, tmp_path: Path, network: Network) -> None:
+    live_and_die(katapy, bundle, tmp_path, network, 50)
+
+
+def refused(katapy: Katapy, bundle: Path, *words: str) -> None:
+    """Assert that a bundle is refused with one line that has these words in it."""
+    done = katapy("run", "--bundle", bundle, "c1")
+    assert (done.returncode, done.stdout) == (1, b""), done
+    lines = done.stderr.decode().splitlines()
+    assert len([line for line in lines if line.startswith("katapy: ")]) == len(lines) == 1, lines
+    assert [word for word in words if word not in lines[0]] == [], lines
+    assert katapy("list", "-q").stdout == b""
+
+
+@pytest.mark.parametrize("text", ["fast", "10", "-1M", "1.5M", "", "10m"])
+def test_a_bandwidth_that_is_none_is_refused(
+    katapy: Katapy, bundle: MakeBundle, tmp_path: Path, network: Network, text: str
+) -> None:
+    with attached(network, tmp_path / "bandwidth.netns") as namespace:
+
+        def edit(spec: dict[str, Any]) -> None:
+            joined(namespace)(spec)
+            spec["annotations"] = {"kubernetes.io/egress-bandwidth": text}
+
+        before = namespace.look()
+        refused(katapy, bundle(["true"], edit=edit), "kubernetes.io/egress-bandwidth", repr(text))
+        assert namespace.look() == before
+
+
+def test_an_interface_that_no_vm_can_have_is_refused(
+    katapy: Katapy, bundle: MakeBundle, tmp_path: Path, network: Network
+) -> None:
+    """And the others of its namespace are left alone."""
+    with attached(network, tmp_path / "unsupported.netns") as namespace:
+        namespace.ip("link add inner0 type bridge")
+        before = namespace.look()
+        refused(katapy, bundle(["true"], edit=joined(namespace)), "inner0", "bridge")
+        assert namespace.look() == before
+
+
+@pytest.mark.parametrize("path", ["/proc/self/ns/net", "bind"])
+@pytest.mark.usefixtures("places")
+def test_the_hosts_own_network_is_refused(katapy: Katapy, bundle: MakeBundle, tmp_path: Path, path: str) -> None:
+    before = look()
+    if path == "bind":
+        path = str(tmp_path / "host.netns")
+        Path(path).touch()
+        subprocess.run(["mount", "--bind", "/proc/self/ns/net", path], check=True)
+    try:
+        refused(katapy, bundle(["true"], edit=joined(path)), "the host's own network")
+    finally:
+        if not path.startswith("/proc"):
+            subprocess.run(["umount", path], check=True)
+    assert look() == before
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "directory", "other"])
+def test_what_is_no_network_namespace_is_refused(katapy: Katapy, bundle: MakeBundle, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "place"
+    if kind == "file":
+        path.touch()
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "other":
+        path = Path("/proc/self/ns/ipc")
+    refused(katapy, bundle(["true"], edit=joined(path)), str(path))
+
+
+def test_containers_of_a_pod_have_one_network(
+    katapy: Katapy, bundle: MakeBundle, tmp_path: Path, network: Network
+) -> None:
+    def member(kind: str) -> Edit:
+        def edit(spec: dict[str, Any]) -> None:
+            joined(namespace)(spec)
+            spec["annotations"] = {
+                "io.kubernetes.cri.container-type": kind,
+                "io.kubernetes.cri.sandbox-id": "s1",
+            }
+
+        return edit
+
+    def seen(name: str, script: str) -> str:
+        return katapy("exec", name, "sh", "-c", script, check=True).stdout.decode()
+
+    with attached(network, tmp_path / "pod.netns") as namespace:
+        before = namespace.look()
+        serving = ["httpd", "-f", "-p", "80", "-h", "/etc"]
+        katapy.detach("run", "--detach", "--bundle", bundle(serving, edit=member("sandbox")), "s1")
+        katapy.detach("run", "--detach", "--bundle", bundle(["sleep", "1000"], edit=member("container")), "m1")
+        assert seen("m1", "readlink /proc/self/ns/net") == seen("s1", "readlink /proc/self/ns/net")
+        assert seen("m1", "ip addr; ip route") == seen("s1", "ip addr; ip route")
+        address = addresses_of(network.results[namespace.path, "eth0"])[0]
+        assert address in seen("m1", "ip addr show dev eth0")
+        for each in ("127.0.0.1", "[::1]", address):
+            assert seen("m1", f"wget -q -O - http://{each}/group").startswith("root:")
+        assert urllib.request.urlopen(f"http://{address}/group", timeout=DEADLINE).read().startswith(b"root:")
+        for name in ("m1", "s1"):
+            assert tapped(namespace)
+            katapy("delete", "--force", name, check=True)
+        assert namespace.look() == before
