@@ -158,7 +158,13 @@ def place(network: Network, namespace: Namespace, found: Station) -> Place:
 
 
 @pytest.fixture(scope="module")
-def places(directory: Path, network: Network, busybox: Path) -> Iterator[dict[str, Place]]:
+def host_station() -> Iterator[Station]:
+    with Station.here("host") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def places(directory: Path, network: Network, busybox: Path, host_station: Station) -> Iterator[dict[str, Place]]:
     """Two pods with VMs, "a" and "b", a namespace without one, and the host."""
     (directory / "resolv.conf").write_text(NAME_SERVER)
     (directory / "hosts").write_text(HOSTS)
@@ -179,7 +185,7 @@ def places(directory: Path, network: Network, busybox: Path) -> Iterator[dict[st
             else:
                 running = stack.enter_context(pod(directory, busybox, name, namespace, edit=as_engines_do))
             found[name] = place(network, namespace, running)
-        found["host"] = Place(stack.enter_context(Station.here("host")), GATEWAYS)
+        found["host"] = Place(host_station, GATEWAYS)
         yield found
 
 
@@ -327,15 +333,16 @@ def _set_offloads(places: dict[str, Place], on: bool) -> None:
 
 
 @pytest.mark.parametrize("mtu", [1280, 1500, 9000])
-@pytest.mark.parametrize("offloads", [True, False], ids=["offloads", "none"])
-def test_much_data_arrives_as_it_was(places: dict[str, Place], mtu: int, offloads: bool) -> None:
-    """Between two pods and with the host, both ways; and the largest packet passes, and no larger one."""
-    with mtu_of(places, mtu), offloads_of(places, offloads):
-        for one, family, size in (("host", 4, 20), ("namespace", 6, 4), ("b", 4, 4)):
-            for order in ("put", "get"):
-                intact, took = places[one].station(order, places["a"].address(family), size * MIB)
-                print(f"{order} from {one}: {size / took:.0f} MiB/s")
-                assert intact
+def test_much_data_arrives_as_it_was(places: dict[str, Place], mtu: int) -> None:
+    """With what cards do for the kernel, and without; and the largest packet passes, and no larger one."""
+    with mtu_of(places, mtu):
+        for offloads in (True, False):
+            with offloads_of(places, offloads):
+                for one, family, size in (("host", 4, 20), ("namespace", 6, 4), ("b", 4, 4)):
+                    for order in ("put", "get"):
+                        intact, took = places[one].station(order, places["a"].address(family), size * MIB)
+                        print(f"{order} from {one}, offloads {offloads}: {size / took:.0f} MiB/s")
+                        assert intact
         for family, header in ((4, 28), (6, 48)):
             for one, other in (("a", "host"), ("host", "a"), ("a", "b")):
                 address = places[other].address(family)
@@ -396,7 +403,7 @@ SIX_NEIGHBOUR = ("fd92::77", "02:00:5e:10:00:78")
 
 
 @pytest.fixture(scope="module")
-def several(directory: Path, busybox: Path) -> Iterator[Several]:
+def several(directory: Path, busybox: Path, host_station: Station) -> Iterator[Several]:
     ip("link add parent0 type veth peer name parent1")
     for each in ("parent0", "parent1"):
         ip(f"link set {each} up")
@@ -430,7 +437,7 @@ def several(directory: Path, busybox: Path) -> Iterator[Several]:
         yield Several(
             stack.enter_context(pod(directory, busybox, "several", namespace, edit=limited)),
             namespace,
-            stack.enter_context(Station.here("host")),
+            host_station,
             stack.enter_context(Station.here("sibling", other)),
             {name: addresses_of(networks[name].results[namespace.path, name]) for name in ("eth0", "net1", "net2")}
             | {"sibling": addresses_of(networks["net1"].results[other.path, "eth0"])},
@@ -863,7 +870,7 @@ def refused(katapy: Katapy, bundle: Path, *words: str) -> None:
     assert katapy("list", "-q").stdout == b""
 
 
-@pytest.mark.parametrize("text", ["fast", "10", "-1M", "1.5M", "", "10m"])
+@pytest.mark.parametrize("text", ["fast", "-1M", "10"])
 def test_a_bandwidth_that_is_none_is_refused(
     katapy: Katapy, bundle: MakeBundle, tmp_path: Path, network: Network, text: str
 ) -> None:
@@ -938,12 +945,12 @@ def test_containers_of_a_pod_have_one_network(
         serving = ["httpd", "-f", "-p", "80", "-h", "/etc"]
         katapy.detach("run", "--detach", "--bundle", bundle(serving, edit=member("sandbox")), "s1")
         katapy.detach("run", "--detach", "--bundle", bundle(["sleep", "1000"], edit=member("container")), "m1")
-        assert seen("m1", "readlink /proc/self/ns/net") == seen("s1", "readlink /proc/self/ns/net")
-        assert seen("m1", "ip addr; ip route") == seen("s1", "ip addr; ip route")
         address = addresses_of(network.results[namespace.path, "eth0"])[0]
-        assert address in seen("m1", "ip addr show dev eth0")
-        for each in ("127.0.0.1", "[::1]", address):
-            assert seen("m1", f"wget -q -O - http://{each}/group").startswith("root:")
+        told = "readlink /proc/self/ns/net; ip addr; ip route"
+        assert address in seen("m1", told)
+        assert seen("m1", told) == seen("s1", told)
+        fetched = " && ".join(f"wget -q -O - http://{each}/group" for each in ("127.0.0.1", "[::1]", address))
+        assert seen("m1", fetched).count("root:") == 3
         assert urllib.request.urlopen(f"http://{address}/group", timeout=DEADLINE).read().startswith(b"root:")
         for name in ("m1", "s1"):
             assert tapped(namespace)
