@@ -53,6 +53,7 @@ def own_host() -> Iterator[None]:
         linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS)
         linux.mount(None, "/", None, _MS_REC | _MS_PRIVATE)
         ip("link set lo up")
+        _trust_addresses()
         yield
     finally:
         linux.unshare(_CLONE_FS)  # threads that were started meanwhile share it, and only one's own can be moved
@@ -60,6 +61,11 @@ def own_host() -> Iterator[None]:
             linux.setns(fd, kinds[name])
             os.close(fd)
         os.chdir(directory)
+
+
+def _trust_addresses() -> None:
+    """Have addresses of IPv6 be usable at once: plugins wait a second for somebody who has them already."""
+    Path("/proc/sys/net/ipv6/conf/default/accept_dad").write_text("0")
 
 
 def ip(arguments: str) -> str:
@@ -82,7 +88,10 @@ class Namespace:
         path.touch()
         subprocess.run(["unshare", f"--net={path}", "true"], check=True)
         try:
-            yield cls(path)
+            namespace = cls(path)
+            with namespace.entered():
+                _trust_addresses()
+            yield namespace
         finally:
             subprocess.run(["umount", path], check=True)
             path.unlink()
