@@ -174,10 +174,13 @@ def places(directory: Path, network: Network, busybox: Path, host_station: Stati
             bound(spec, directory / name, f"/etc/{name}")
         spec["linux"]["sysctl"] = SYSCTLS
 
-    ports = [{"hostPort": 8080, "containerPort": station.PORT, "protocol": protocol} for protocol in ("tcp", "udp")]
+    def ports(number: int) -> list[dict[str, Any]]:
+        mapping = {"hostPort": number, "containerPort": station.PORT}
+        return [{**mapping, "protocol": protocol} for protocol in ("tcp", "udp")]
+
     found: dict[str, Place] = {}
     with ExitStack() as stack:
-        for name, mappings in (("a", ports), ("b", []), ("namespace", [])):
+        for name, mappings in (("a", ports(8080)), ("b", []), ("namespace", ports(8081))):
             path = directory / f"{name}.netns"
             namespace = stack.enter_context(attached(network, path, portMappings=mappings))
             if name == "namespace":
@@ -281,6 +284,8 @@ def test_a_port_of_the_host_is_the_pods(
         attached(outside, directory / "outside.netns") as namespace,
         Station.here("outside", namespace) as elsewhere,
     ):
+        if not elsewhere.attempt("tcp", GATEWAYS[0], "without a VM", 8081, patience=10)[0]:
+            pytest.skip("on this kernel no port of the host leads to a namespace, also where there is no VM")
         for one in (elsewhere, places["host"].station, places["b"].station):
             assert one("tcp", GATEWAYS[0], f"to the port, {one.name}", 8080) == f"to the port, {one.name}"[::-1]
         assert elsewhere("udp", GATEWAYS[0], "datagram", 8080) == "margatad"
