@@ -30,6 +30,8 @@ ROUTES_MAX: Final = 512
 _PRIORITY: Final = 0xCA7A
 _RATE_HANDLE: Final = 0xCA7A_0000
 _OUR_RATE: Final = Qdisc("tbf", _RATE_HANDLE, netlink.ROOT)
+# That there was none is remembered with the filter, for whoever cleans up.
+_NO_QUEUE: Final = 0xCA7A_0001
 _SINK: Final = "katapy-sink"
 _PREFIX: Final = "katapy"
 _SUPPORTED: Final = frozenset(("veth", "macvlan", "ipvlan", "vlan", "dummy", "tun"))
@@ -54,6 +56,7 @@ class Helper:
     def __init__(self, request: Mapping[str, Any], outside: Netlink) -> None:
         self._settings: Mapping[str, Any] = request["settings"]
         state = request["state"]
+        self._first = not state
         self._known: dict[int, dict[str, Any]] = {int(index): each for index, each in state.get("known", {}).items()}
         self._sink: int = state.get("sink", 0)
         self._next: int = state.get("next_device", 0)
@@ -76,17 +79,19 @@ class Helper:
         Raises KatapyError, OSError.
         """
         watching = None
-        if not self._sink:
+        if self._first:
             watching = self._netlink.watch()
             self._stack.callback(watching.close)
             datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             self._stack.callback(datagrams.close)
-            self._make_sink()
-            self._remove_leftovers()
-            self.fds = [watching.fileno(), self._netlink.fileno(), datagrams.fileno(), *self.fds]
+            self.fds = [watching.fileno(), self._netlink.fileno(), datagrams.fileno()]
+        had_sink = bool(self._sink)
         added: list[dict[str, Any]] = []
         for _ in range(_SETTLE_ATTEMPTS):
             links = self._served()
+            if links and not self._sink:
+                self._make_sink()
+                self._remove_leftovers()
             interfaces = [self._serve(link, addresses, added) for link, addresses in links]
             if watching is not None:
                 _drain(watching)  # among it is our own doing, so look once more
@@ -102,6 +107,7 @@ class Helper:
             "network": network.to_json(),
             "added": added,
             "undo": {index: [each.hex() for each in requests] for index, requests in self._undo.items()},
+            "new_sink": bool(self._sink) and not had_sink,
             "state": {"known": known, "sink": self._sink, "next_device": self._next},
         }
 
@@ -214,7 +220,12 @@ class Helper:
             requests.append(netlink.delete_qdisc(link.index, Qdisc(kind, 0xFFFF_0000, netlink.INGRESS)))
         else:
             requests.append(netlink.delete_filters(link.index, kind, _PRIORITY))
-        self._netlink.add_filter(link.index, kind, rules.incoming(_PRIORITY, index))
+        # A kernel gives an interface without a queue one, once it has a queueing discipline.
+        note = 0
+        if link.queue == 0:
+            note = _NO_QUEUE
+            requests.append(netlink.empty_queue(link.index))
+        self._netlink.add_filter(link.index, kind, rules.incoming(_PRIORITY, index)._replace(note=note))
         return queues, {"tap": index, "target": link.index, "generation": generation}
 
     def _rates(self, link: Link) -> tuple[int, int]:
@@ -244,13 +255,16 @@ class Helper:
         kind = self._filtered(index)
         if kind is not None:
             filters = self._netlink.redirects(index, kind)
-            stale = [target for priority, target in filters if priority == _PRIORITY and target not in present]
+            ours = [(target, note) for priority, target, note in filters if priority == _PRIORITY]
+            stale = [note for target, note in ours if target not in present]
             if stale and len(filters) == len(stale) and kind == "ingress":
                 self._netlink.delete(netlink.delete_qdisc(index, Qdisc(kind, 0xFFFF_0000, netlink.INGRESS)))
             elif stale:
                 self._netlink.delete(netlink.delete_filters(index, kind, _PRIORITY))
-            if not stale and any(priority == _PRIORITY for priority, _ in filters):
+            if ours and not stale:
                 return
+            if _NO_QUEUE in stale:
+                self._netlink.delete(netlink.empty_queue(index))
         if any(each.handle == _RATE_HANDLE for each in self._netlink.qdiscs(index)):
             self._netlink.delete(netlink.delete_qdisc(index, _OUR_RATE))
 
@@ -312,7 +326,7 @@ class Helper:
 
     def clean(self) -> dict[str, Any]:
         """Remove what a supervisor that was killed has left."""
-        # A VM that lives has its sink.
+        # A VM that lives and has an interface has its sink.
         if not any(link.name == _SINK for link in self._netlink.links()):
             self._remove_leftovers()
         return {}

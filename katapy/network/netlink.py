@@ -84,6 +84,7 @@ class Link:
     mtu: int
     flags: int
     carrier: bool
+    queue: int
     peer: int
     peer_elsewhere: bool
     tap: bool
@@ -101,12 +102,14 @@ class Filter(NamedTuple):
     """A u32 filter that hands a frame to the egress of an interface, or with 0 lets it pass, if every key matches.
 
     ``protocol`` is an EtherType; of the filters of one priority, which must have one protocol, the first counts.
+    ``note`` is a number that the kernel keeps (a class, which nothing here goes by).
     """
 
     priority: int
     protocol: int
     keys: tuple[Key, ...]
     target: int
+    note: int = 0
 
 
 class Qdisc(NamedTuple):
@@ -286,10 +289,10 @@ class Netlink:
             if each["index"] == index
         ]
 
-    def redirects(self, index: int, qdisc: str) -> list[tuple[int, int]]:
-        """Return the filters on what comes in at an interface that has ``qdisc``: priority, and where it hands frames.
+    def redirects(self, index: int, qdisc: str) -> list[tuple[int, int, int]]:
+        """Return the filters on what comes in at an interface that has ``qdisc``: priority, target and note.
 
-        That is an index, or 0 for a filter that does something else.
+        The target is 0 for a filter that does something else than handing frames over.
         """
         message = _Filter()
         message["index"], message["parent"] = index, _FILTER_PARENTS[qdisc]
@@ -297,12 +300,13 @@ class Netlink:
         for each in self._dump(_RTM_GETTFILTER, message):
             if (options := each.get_attr("TCA_OPTIONS")) is None:
                 continue  # that there is a priority
-            target = 0
+            target = note = 0
             if each.get_attr("TCA_KIND") == "u32":
                 if options.get_attr("TCA_U32_SEL") is None:
                     continue  # the table that its filters are in
                 target = _target(options)
-            found.append((each["info"] >> 16, target))
+                note = options.get_attr("TCA_U32_CLASSID") or 0
+            found.append((each["info"] >> 16, target, note))
         return found
 
     # -- what changes
@@ -363,7 +367,7 @@ class Netlink:
         selector = _SELECTOR.pack(_TC_U32_TERMINAL, 0, len(each.keys), 0, 0, 0, 0, 0)
         for key in each.keys:
             selector += _KEY.pack(key.mask.to_bytes(4, "big"), key.value.to_bytes(4, "big"), key.offset, 0)
-        options: list[tuple[str, object]] = [("TCA_U32_SEL", selector)]
+        options: list[tuple[str, object]] = [("TCA_U32_CLASSID", each.note), ("TCA_U32_SEL", selector)]
         if each.target:
             parameters = _MIRRED.pack(0, 0, _TC_ACT_STOLEN, 0, 0, _MIRRED_EGRESS_REDIRECT, each.target)
             mirred = {"attrs": [("TCA_MIRRED_PARMS", parameters)]}
@@ -450,6 +454,13 @@ def delete_filters(index: int, qdisc: str, priority: int) -> bytes:
     return encode(_RTM_DELTFILTER, message)
 
 
+def empty_queue(index: int) -> bytes:
+    """Return the request that gives an interface a queue of no packets."""
+    message = ifinfmsg()
+    message["index"], message["attrs"] = index, [("IFLA_TXQLEN", 0)]
+    return encode(_RTM_NEWLINK, message)
+
+
 def delete_link(index: int) -> bytes:
     """Return the request that removes an interface."""
     message = ifinfmsg()
@@ -498,6 +509,7 @@ def _link(message: Any) -> Link:
         mtu=message.get_attr("IFLA_MTU") or 0,
         flags=message["flags"],
         carrier=bool(message.get_attr("IFLA_CARRIER")),
+        queue=message.get_attr("IFLA_TXQLEN") or 0,
         peer=message.get_attr("IFLA_LINK") or 0,
         peer_elsewhere=message.get_attr("IFLA_LINK_NETNSID") is not None,
         tap=tap,

@@ -156,14 +156,13 @@ class PodNetwork:
         with ExitStack() as stack:
             for fd in fds:
                 stack.callback(os.close, fd)
-            watching, requests, datagrams, sink, *taps = fds
+            watching, requests, datagrams, *others = fds
             self._watching = socket.socket(fileno=os.dup(watching))
             self._requests = socket.socket(fileno=os.dup(requests))
             self.datagrams = socket.socket(fileno=os.dup(datagrams))
             self.datagrams.setblocking(False)
             self._stack.callback(self.datagrams.close)
-            self._stack.callback(os.close, os.dup(sink))
-            return self._take(answer, [os.dup(fd) for fd in taps])
+            return self._take(answer, [os.dup(fd) for fd in others])
 
     async def changes(self) -> AsyncIterator[Change]:
         """Give every change of the namespace from now on; the new NICs' descriptors are the caller's to close."""
@@ -209,6 +208,8 @@ class PodNetwork:
         return {"clean": False, "settings": self._settings._asdict(), "state": self._state}
 
     def _take(self, answer: Mapping[str, Any], fds: list[int]) -> tuple[Nic, ...]:
+        if answer["new_sink"]:
+            self._stack.callback(os.close, fds.pop(0))
         self._state = answer["state"]
         self.network = Network.from_json(answer["network"])
         for index, requests in answer["undo"].items():

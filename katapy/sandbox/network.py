@@ -66,8 +66,8 @@ class SandboxNetwork:
         await ready
         if self._helper is None:
             return ()
-        helper, self._helper = self._helper, None
         namespace = self._open_namespace()
+        helper, self._helper = self._helper, None
         try:
             if self._namespace is not None and self._namespace.path:
                 self._container.record.network(self._namespace.path)
@@ -116,6 +116,7 @@ class SandboxNetwork:
         async for change in pod.changes():
             try:
                 await self._apply(machine, before, change)
+                before = change.network
             except KatapyError as error:
                 if machine.failed_with() is not None:
                     return
@@ -123,7 +124,6 @@ class SandboxNetwork:
             finally:
                 for nic in change.added:
                     close_nic(nic)
-            before = change.network
             # docker's resolver comes with the first network that has one.
             await self.resolve(machine)
 

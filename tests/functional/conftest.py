@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_busybox
-
-from katapy.oci.default import default_spec
+from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_bundle, make_busybox
 
 _GONE_WITHIN = 10.0
 _PR_SET_CHILD_SUBREAPER = 36
@@ -167,14 +163,6 @@ def bundle(tmp_path: Path, busybox: Path) -> MakeBundle:
         nonlocal count
         count += 1
         directory = tmp_path / f"bundle{count}"
-        directory.mkdir()
-        spec = deepcopy(default_spec())
-        spec["process"]["terminal"] = False
-        spec["process"]["args"] = list(args)
-        spec["root"] = {"path": str(rootfs or busybox), "readonly": rootfs is None}
-        if edit is not None:
-            edit(spec)
-        (directory / "config.json").write_text(json.dumps(spec))
-        return directory
+        return make_bundle(directory, rootfs or busybox, args, edit=edit, readonly=rootfs is None)
 
     return make

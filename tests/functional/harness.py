@@ -9,10 +9,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from katapy.oci.default import default_spec
 
 KATAPY = Path(sys.executable).with_name("katapy")
 # Generous: the machine may be slow, shared, and without hardware virtualization.
@@ -69,6 +72,21 @@ class Katapy:
         """Return what ``state`` prints."""
         answer: dict[str, Any] = json.loads(self("state", container_id, check=True).stdout)
         return answer
+
+
+def make_bundle(
+    directory: Path, rootfs: Path, args: Sequence[str], *, edit: Edit | None = None, readonly: bool = True
+) -> Path:
+    """Make a bundle that runs ``args`` in ``rootfs``, and return it."""
+    directory.mkdir()
+    spec = deepcopy(default_spec())
+    spec["process"]["terminal"] = False
+    spec["process"]["args"] = list(args)
+    spec["root"] = {"path": str(rootfs), "readonly": readonly}
+    if edit is not None:
+        edit(spec)
+    (directory / "config.json").write_text(json.dumps(spec))
+    return directory
 
 
 def make_busybox(rootfs: Path) -> Path:
