@@ -21,7 +21,7 @@ from network_lab import WITHOUT_VHOST, Lab, in_namespace, nothing_left, run, sen
 from katapy.errors import AlreadyExists, InvalidArgument, Unavailable, Unsupported
 from katapy.interfaces import Address, Neighbour, Network, NextHop
 from katapy.network import pod
-from katapy.network.pod import Helper, PodNetwork, Settings
+from katapy.network.pod import Helper, PodNetwork, Settings, clean
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
@@ -303,6 +303,29 @@ async def test_undo_leaves_the_rate_that_somebody_has_put_in_place_of_ours(lab: 
     lab.tc("qdisc replace dev eth0 root handle 5: tbf rate 1mbit burst 32k latency 50ms")
     connection.close()
     assert "tbf 5:" in lab.tc("qdisc show dev eth0")
+
+
+async def test_an_interface_without_a_queue_has_none_afterwards(lab: Lab) -> None:
+    """As CNI plugins make them: the kernel gives it a queue of 1000 packets with its first queueing discipline."""
+    lab.veth("eth0", "p0", "10.1.0.2/24")
+    lab.ip("link set eth0 txqueuelen 0")
+    before = lab.snapshot()
+    (await lab.connect(Settings(vhost=False, egress_rate=10**6))).close()
+    assert lab.snapshot() == before
+    process = owner(lab)
+    process.kill()
+    process.wait()
+    await clean(lab.path)
+    assert lab.snapshot() == before
+
+
+async def test_a_namespace_without_an_interface_stays_without(lab: Lab) -> None:
+    """Until it has one; and as long it is no matter who else is there."""
+    before = lab.snapshot()
+    first, second = await lab.connect(), await lab.connect()
+    assert lab.snapshot() == before
+    first.close()
+    second.close()
 
 
 # -- crashes
