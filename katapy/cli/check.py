@@ -56,6 +56,7 @@ def _findings(config: Config) -> Iterator[Finding]:
         "qemu": _qemu,
         "virtiofsd": _virtiofsd,
         "vsock": _vsock,
+        "network": _network,
         "setpriv": _setpriv,
         "kernel": _kernel,
         "image": _image,
@@ -128,6 +129,20 @@ def _vsock(config: Config) -> str:
     if find_kind(config.hypervisor.vsock) is VsockKind.KERNEL:
         return "kernel (vhost-vsock)"
     return "user (katapy's own device: the kernel's vhost-vsock is not there)"
+
+
+def _network(config: Config) -> str:
+    from katapy.errors import KatapyError
+    from katapy.network.pod import probe
+
+    if config.network.model == "none":
+        return "none: network.model says so"
+    try:
+        probe()
+    except KatapyError as error:
+        return f"none, and pods that have one are refused: {error}"
+    where = "in the kernel (vhost-net)" if config.network.vhost and os.path.exists("/dev/vhost-net") else "in QEMU"
+    return f"{config.network.model}, packets are moved {where}"
 
 
 def _setpriv(_config: Config) -> str:

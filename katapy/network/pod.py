@@ -27,9 +27,8 @@ from katapy.interfaces import Network
 
 log = logging.getLogger(__name__)
 
-_BOOT: Final = (
-    "import sys; sys.path.extend(sys.argv.pop(1).split(':')); from katapy.network.helper import main; sys.exit(main())"
-)
+_BOOT: Final = "import sys; sys.path.extend(sys.argv.pop(1).split(':')); from {} import main; sys.exit(main())"
+_UNSHARE: Final = "/usr/bin/unshare"
 _MESSAGE_MAX: Final = 200_000
 _FDS_MAX: Final = 250  # SCM_MAX_FD is 253
 _DEADLINE: Final = 60.0
@@ -82,13 +81,10 @@ class Helper:
         """Start it. Raises Unavailable."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
-        paths = ":".join(path for path in sys.path if path)
-        argv = [sys.executable, "-I", "-S", "-c", _BOOT, f"{Path(katapy.__file__).parent.parent}:{paths}"]
+        argv = [*_python("katapy.network.helper"), str(theirs.fileno())]
         with theirs:
             try:
-                self._process = run.start(
-                    [*argv, str(theirs.fileno())], name="network helper", fds=[theirs.fileno()], stderr=2
-                )
+                self._process = run.start(argv, name="network helper", fds=[theirs.fileno()], stderr=2)
             except KatapyError:
                 self._control.close()
                 raise
@@ -227,6 +223,17 @@ def close_nic(nic: Nic) -> None:
     """Close the descriptors of a NIC, of which QEMU has its own."""
     for fd in (*nic.tap_fds, *nic.vhost_fds):
         os.close(fd)
+
+
+def probe() -> None:
+    """Raise Unavailable, with what is missing, where this host cannot connect a pod to a network."""
+    run.output([_UNSHARE, "--net", *_python("katapy.network.probe")])
+
+
+def _python(module: str) -> list[str]:
+    """Return the command that runs ``main`` of a module of katapy's, with this process's libraries and no others."""
+    paths = [str(Path(katapy.__file__).parent.parent), *(path for path in sys.path if path)]
+    return [sys.executable, "-I", "-S", "-c", _BOOT.format(module), ":".join(paths)]
 
 
 async def clean(path: Path) -> None:

@@ -34,7 +34,8 @@ def open_queues(path: str, name: str, *, queues: int, stack: ExitStack) -> list[
         try:
             fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise Unavailable(f"cannot open {path}: {error.strerror}; modprobe tun macvtap") from error
+            hint = "; modprobe tun" if path == _TUN else ""
+            raise Unavailable(f"cannot open {path}: {error.strerror}{hint}") from error
         stack.callback(os.close, fd)
         try:
             fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode(), flags))

@@ -60,3 +60,21 @@ def test_a_qemu_that_cannot_be_run_is_named(tmp_path: Path, text: str | None, mo
     assert not ok
     assert str(qemu) in detail
     assert words in detail
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("model", ["tcfilter", "macvtap"])
+def test_a_network_is_tried(tmp_path: Path, model: str) -> None:
+    config = tmp_path / "katapy.toml"
+    config.write_text(f'[network]\nmodel = "{model}"\nvhost = false\n')
+    assert _check("--config", config)["network"] == (True, f"{model}, packets are moved in QEMU")
+
+
+@pytest.mark.root
+def test_a_host_without_taps_is_told() -> None:
+    """Containers run there all the same, without a network."""
+    hide = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/net && exec "$@"', "sh")
+    ok, detail = _check(prefix=hide)["network"]
+    assert ok
+    assert detail.startswith("none, and pods that have one are refused: ")
+    assert "cannot open /dev/net/tun: No such file or directory; modprobe tun" in detail
