@@ -76,6 +76,8 @@ def main() -> int:
         os.dup2(log_fd, stream)
     os.close(log_fd)
     logs.setup(debug=options.debug)
+    if options.engine is not None:
+        logs.copy_to_fifo(options.engine["log"])
     os.umask(0o077)
     # Before any thread exists: a mount namespace belongs to the thread that asks for it and to its children.
     host_mounts = enter_private_mounts()

@@ -124,6 +124,7 @@ class TaskService:
         if bring:
             await self._stand_ins.start(process)
         try:
+            self._stand_ins.open_stdin(process)
             await self._sandbox.start(process.container_id, process.exec_id)
         except BaseException:
             if bring:
@@ -177,6 +178,10 @@ class TaskService:
         await self._sandbox.resume(request.id)
         self._publisher.publish(events.TaskResumed(container_id=request.id))
         return Empty()
+
+    async def checkpoint(self, request: pb.CheckpointTaskRequest) -> Empty:
+        """Refuse: what is in the memory of a VM cannot be handed to another."""
+        raise Unsupported(f"cannot checkpoint {request.id}: katapy does not save containers")
 
     async def wait(self, request: pb.WaitRequest) -> pb.WaitResponse:
         """Answer when the process has ended."""

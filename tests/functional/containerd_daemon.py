@@ -13,7 +13,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine import Done
@@ -43,7 +43,6 @@ class Containerd:
     directory: Path
     process: subprocess.Popen[bytes] | None = None
     namespace: str = "default"
-    warnings: list[str] = field(default_factory=list)
 
     @property
     def env(self) -> dict[str, str]:
@@ -90,7 +89,7 @@ class Containerd:
     def start(self) -> None:
         """Start the daemon and wait until it answers. Raises RuntimeError with its last words where it does not."""
         with (self.directory / "containerd.log").open("ab") as log:
-            command = [CONTAINERD, "--config", f"{self.directory}/config.toml"]
+            command = [str(CONTAINERD), "--config", f"{self.directory}/config.toml"]
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env)
         deadline = time.monotonic() + DEADLINE
         while self("version", check=False).status:
@@ -165,9 +164,7 @@ def write_image(archive: Path, rootfs: Path, name: str = IMAGE, command: tuple[s
         "config": {"Cmd": list(command), "Env": ["PATH=/bin"]},
         "rootfs": {"type": "layers", "diff_ids": [described["digest"]]},
     }
-    manifest = document(
-        {"schemaVersion": 2, "config": document(config, "config"), "layers": [described]}, "manifest"
-    )
+    manifest = document({"schemaVersion": 2, "config": document(config, "config"), "layers": [described]}, "manifest")
     manifest["annotations"] = {"io.containerd.image.name": name}
     files = {f"blobs/sha256/{digest}": data for digest, data in blobs.items()}
     files["oci-layout"] = b'{"imageLayoutVersion": "1.0.0"}'
