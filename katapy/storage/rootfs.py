@@ -6,6 +6,7 @@ is seen on the host, and nothing outlives the shim. Source: containerd, core/mou
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -90,6 +91,9 @@ def _mount(mount: RootMount, target: str) -> None:
                 raise
         return
     with _short(data) as text:
+        if text and len(os.fsencode(text)) > _DATA_MAX:
+            # mount(2) would cut it off.
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
         linux.mount(mount.source, target, mount.type, flags, text)
 
 
@@ -120,6 +124,7 @@ def _short(data: Sequence[str]) -> Iterator[str | None]:
     common = os.path.commonpath(layers)
     directory = os.open(common, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        # 16 bytes and what a snapshotter numbers its layers by: enough for all that an image may have.
         short = [f"/proc/self/fd/{directory}/{os.path.relpath(layer, common)}" for layer in layers]
         yield ",".join(_LOWER + ":".join(short) if option == lower else option for option in data)
     finally:
