@@ -38,11 +38,12 @@ level = "debug"
 
 @dataclass
 class Containerd:
-    """A daemon that runs. ``process`` is another one after each ``restart``."""
+    """A daemon that runs, in the network namespace ``network``; ``namespace`` is containerd's own notion."""
 
     directory: Path
     process: subprocess.Popen[bytes] | None = None
     namespace: str = "default"
+    network: str = ""
 
     @property
     def env(self) -> dict[str, str]:
@@ -89,7 +90,9 @@ class Containerd:
     def start(self) -> None:
         """Start the daemon and wait until it answers. Raises RuntimeError with its last words where it does not."""
         with (self.directory / "containerd.log").open("ab") as log:
-            command = [str(CONTAINERD), "--config", f"{self.directory}/config.toml"]
+            # Not `ip netns exec`, which hides /sys/fs/cgroup.
+            command = ["nsenter", f"--net=/run/netns/{self.network}", "--"] if self.network else []
+            command += [str(CONTAINERD), "--config", f"{self.directory}/config.toml"]
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env)
         deadline = time.monotonic() + DEADLINE
         while self("version", check=False).status:
@@ -116,12 +119,14 @@ class Containerd:
 
 
 @contextlib.contextmanager
-def start_containerd(directory: Path, rootfs: Path, config: str = CONFIG) -> Iterator[Containerd]:
+def start_containerd(
+    directory: Path, rootfs: Path, config: str = CONFIG, *, network: str = "", namespace: str = "default"
+) -> Iterator[Containerd]:
     """Run a daemon with an image of ``rootfs``, IMAGE; nothing of it is left afterwards.
 
     Raises RuntimeError with the last words of a daemon that does not start.
     """
-    containerd = Containerd(directory)
+    containerd = Containerd(directory, namespace=namespace, network=network)
     (directory / "config.toml").write_text(config.format(directory=directory))
     known = descendants()
     try:
