@@ -25,6 +25,8 @@ from katapy.sandbox.process import FILE, GuestProcess
 
 _NSENTER: Final = "/usr/bin/nsenter"
 _KILL_SECONDS: Final = 5.0
+# As long as containerd's own shim: who has left for good takes nothing more, and it cannot be told from who is slow.
+_DRAIN_SECONDS: Final = 2.0
 
 
 @dataclass
@@ -140,6 +142,13 @@ class StandIns:
         if held is not None:
             held.close_stdin()
         return held is not None
+
+    async def drain(self, guest: GuestProcess) -> None:
+        """Give a process's reader some time for what the process has written, now that that has ended."""
+        held = self._held.get((guest.container_id, guest.exec_id))
+        if held is not None:
+            await asyncio.wait({held.ended}, timeout=_DRAIN_SECONDS)
+            await self.remove(guest)
 
     async def remove(self, guest: GuestProcess) -> None:
         """End the stand-in of a process if it has not ended; what its reader has not taken by now is lost."""

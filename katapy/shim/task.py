@@ -51,6 +51,7 @@ _EVENT_SECONDS: Final = 3600.0
 class _Followed:
     """A process whose end is told: ``starting`` keeps that from being told before its start."""
 
+    process: GuestProcess
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -75,16 +76,9 @@ class TaskService:
             if self._sandbox.empty:
                 self.done.set()
             raise
-        self._publisher.publish(
-            events.TaskCreate(
-                container_id=request.id,
-                bundle=request.bundle,
-                rootfs=[events.Mount.FromString(mount.SerializeToString()) for mount in request.rootfs],
-                io=events.TaskIO(stdin=stdio.stdin, stdout=stdio.stdout, stderr=stdio.stderr, terminal=stdio.terminal),
-                pid=process.host_pid,
-            )
-        )
-        self._follow(process)
+        if not stdio.attached:
+            self._publisher.publish(_creation(request, process.host_pid))
+            self._follow(process)
         return pb.CreateTaskResponse(pid=process.host_pid)
 
     async def _create(self, request: pb.CreateTaskRequest, stdio: StdioRequest) -> GuestProcess:
@@ -109,7 +103,11 @@ class TaskService:
     async def start(self, request: pb.StartRequest) -> pb.StartResponse:
         """Start a created container or process."""
         process = self._sandbox.process(request.id, request.exec_id)
-        async with self._followed[request.id, request.exec_id].starting:
+        followed = self._followed.get((request.id, request.exec_id))
+        if followed is None:
+            await self._start(process)
+            return pb.StartResponse(pid=process.host_pid)
+        async with followed.starting:
             await self._start(process)
             if request.exec_id:
                 self._publisher.publish(
@@ -158,8 +156,9 @@ class TaskService:
         if process.terminal != request.terminal:
             raise InvalidArgument("process.terminal and the request's terminal differ")
         self._sandbox.add_exec(request.id, request.exec_id, process.to_guest(), stdio)
-        self._publisher.publish(events.TaskExecAdded(container_id=request.id, exec_id=request.exec_id))
-        self._follow(self._sandbox.process(request.id, request.exec_id))
+        if not stdio.attached:
+            self._publisher.publish(events.TaskExecAdded(container_id=request.id, exec_id=request.exec_id))
+            self._follow(self._sandbox.process(request.id, request.exec_id))
         return Empty()
 
     async def kill(self, request: pb.KillRequest) -> Empty:
@@ -195,6 +194,8 @@ class TaskService:
         """Remove a container or a process that has ended."""
         process = self._sandbox.process(request.id, request.exec_id)
         bundle = self._sandbox.bundle(request.id)
+        if process.exited.is_set():
+            await self._stand_ins.drain(process)
         await self._sandbox.delete(request.id, request.exec_id)
         end = _end_of(process) or Exit.now(_LOST)
         execs = [key for key in self._followed if key[0] == request.id and key[1]] if not request.exec_id else []
@@ -264,8 +265,9 @@ class TaskService:
         await self._stand_ins.close()
 
     def _follow(self, process: GuestProcess) -> None:
-        followed = self._followed[process.container_id, process.exec_id] = _Followed()
-        followed.tasks.append(asyncio.create_task(self._tell_exit(process, followed), name=f"tell of {process.name}"))
+        """Tell the engine of the end of a process that it has asked for; of the command line's it knows nothing."""
+        followed = self._followed[process.container_id, process.exec_id] = _Followed(process)
+        followed.tasks.append(asyncio.create_task(self._tell_exit(followed), name=f"tell of {process.name}"))
         if not process.exec_id:
             watch = self._tell_ooms(process.container_id)
             followed.tasks.append(asyncio.create_task(watch, name=f"tell of the memory of {process.name}"))
@@ -275,15 +277,14 @@ class TaskService:
         followed = self._followed.pop((container_id, exec_id), None)
         if followed is None:
             return
-        # Whoever is told of an end by its event alone has one turn of the loop for it.
-        await asyncio.sleep(0)
-        async with followed.starting:
-            pass
+        if followed.process.exited.is_set():
+            await asyncio.wait(followed.tasks[:1])
         for task in followed.tasks:
             task.cancel()
         await asyncio.wait(followed.tasks)
 
-    async def _tell_exit(self, process: GuestProcess, followed: _Followed) -> None:
+    async def _tell_exit(self, followed: _Followed) -> None:
+        process = followed.process
         await process.exited.wait()
         async with followed.starting:
             end = _end_of(process)
@@ -306,6 +307,16 @@ class TaskService:
                 ooms, ended = await self._sandbox.next_event(container_id, ooms, _EVENT_SECONDS)
                 for _ in range(before, ooms):
                     self._publisher.publish(events.TaskOOM(container_id=container_id))
+
+
+def _creation(request: pb.CreateTaskRequest, pid: int) -> events.TaskCreate:
+    return events.TaskCreate(
+        container_id=request.id,
+        bundle=request.bundle,
+        rootfs=[events.Mount.FromString(mount.SerializeToString()) for mount in request.rootfs],
+        io=events.TaskIO(stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal),
+        pid=pid,
+    )
 
 
 def _rootfs(bundle: str) -> str:

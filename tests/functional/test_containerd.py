@@ -24,12 +24,15 @@ from containerd_daemon import CTR, IMAGE, RUNTIME, SHIM, Containerd, start_conta
 from engine import Done
 from harness import DEADLINE
 
+from katapy import __version__
 from katapy.client import launch
 from katapy.client.task import TaskClient
 from katapy.errors import InvalidState, NotFound, Unsupported
+from katapy.proto.shim_pb2 import RuntimeInfo
 from katapy.proto.task_pb2 import DeleteResponse
 
 pytestmark = pytest.mark.skipif(not CTR.exists(), reason="containerd is not installed")
+SOURCE = Path(__file__).resolve().parents[2]
 SLEEP = ("sleep", "1000")
 
 
@@ -79,6 +82,12 @@ def status(containerd: Containerd, name: str) -> str:
     """Return the status of a task as ctr lists it."""
     lines = [line.split() for line in containerd("task", "ls").out.splitlines()]
     return next((line[2] for line in lines if line[0] == name), "")
+
+
+def helper(containerd: Containerd, name: str, program: str) -> int:
+    """Return the pid of one of the processes that a container's VM runs on."""
+    state = json.loads((containerd.root / name / "state.json").read_text())
+    return int(next(each["pid"] for each in state["helpers"] if each["name"] == program))
 
 
 @contextlib.contextmanager
@@ -283,10 +292,12 @@ def test_a_root_file_system_without_mounts(containerd: Containerd, busybox: Path
 def test_events(containerd: Containerd) -> None:
     """In their order, however quickly a process ends."""
     with subprocess.Popen([CTR, "events"], stdout=subprocess.PIPE, text=True, env=containerd.env) as listener:
-        containerd("namespaces", "label", "default", "a=b")
         assert listener.stdout is not None
-        while "/namespaces/update" not in listener.stdout.readline():
-            pass
+        # Nothing tells that it listens but what it hears.
+        number = 0
+        while not select.select([listener.stdout], [], [], 0.5)[0]:
+            number += 1
+            containerd("namespaces", "label", "default", f"number={number}")
         containerd.run("--detach", IMAGE, "c1", *SLEEP)
         execute(containerd, "c1", "true")
         containerd("task", "pause", "c1")
@@ -342,12 +353,50 @@ def test_killed_shim(containerd: Containerd) -> None:
 def test_killed_vm(containerd: Containerd) -> None:
     """The task has ended as if it was killed, and the shim answers."""
     containerd.run("--detach", IMAGE, "c1", *SLEEP)
-    state = json.loads((containerd.root / "c1/state.json").read_text())
-    qemu = next(helper["pid"] for helper in state["helpers"] if helper["name"] == "QEMU")
-    os.kill(qemu, signal.SIGKILL)
+    os.kill(helper(containerd, "c1", "QEMU"), signal.SIGKILL)
     await_true(lambda: status(containerd, "c1") == "STOPPED")
     assert "137" in containerd("task", "rm", "c1").err
     containerd("containers", "rm", "c1")
+
+
+def test_a_stopped_vm(containerd: Containerd) -> None:
+    """The shim answers for it."""
+    with running(containerd, "c1"):
+        qemu = helper(containerd, "c1", "QEMU")
+        os.kill(qemu, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            assert status(containerd, "c1") == "RUNNING"
+            assert time.monotonic() - began < 1
+        finally:
+            os.kill(qemu, signal.SIGCONT)
+
+
+def test_killed_stand_in(containerd: Containerd) -> None:
+    """A process of whose streams nobody takes care any more does not go on."""
+    with running(containerd, "c1"):
+        os.kill(int(containerd("task", "ps", "c1").out.splitlines()[1].split()[0]), signal.SIGKILL)
+        await_true(lambda: status(containerd, "c1") == "STOPPED")
+
+
+def test_output_that_nobody_reads(containerd: Containerd) -> None:
+    """ctr has left, and the fifo is full: that does not hold up the end for more than a moment."""
+    containerd.run("--detach", IMAGE, "c1", "yes")
+    containerd("task", "kill", "--signal", "KILL", "c1")
+    await_true(lambda: status(containerd, "c1") == "STOPPED")
+    began = time.monotonic()
+    assert "137" in containerd("task", "rm", "c1").err
+    assert time.monotonic() - began < 5
+    containerd("containers", "rm", "c1")
+
+
+def test_many_at_once(containerd: Containerd) -> None:
+    def run(name: str) -> str:
+        return containerd.run("--rm", IMAGE, name, "echo", name).out
+
+    names = [f"c{number}" for number in range(6)]
+    with ThreadPoolExecutor(len(names)) as threads:
+        assert list(threads.map(run, names)) == [f"{name}\n" for name in names]
 
 
 def test_two_at_once(containerd: Containerd) -> None:
@@ -395,6 +444,31 @@ def test_delete_of_nothing(tmp_path: Path, host: None) -> None:
         assert time.monotonic() - began < 1
         assert (done.returncode, done.stderr) == (0, b"")
         assert DeleteResponse.FromString(done.stdout).exit_status == 137
+
+
+def test_what_it_says_of_itself(tmp_path: Path) -> None:
+    """CRI-O asks for the version, containerd from 2.0 on for what is honoured of a configuration."""
+    assert __version__ in shim("-v", cwd=tmp_path).stdout.decode()
+    info = RuntimeInfo.FromString(shim("-info", cwd=tmp_path, stdin=b"").stdout)
+    assert (info.name, info.version.version) == (RUNTIME, __version__)
+    assert json.loads(info.features.value)["ociVersionMin"] == "1.0.0"
+
+
+def test_the_readme_s_command(containerd: Containerd, busybox: Path, tmp_path: Path) -> None:
+    """As written, but for the installation."""
+    block = (
+        (SOURCE / "README.md").read_text().partition("## With containerd")[2].split("```sh\n")[1].partition("```")[0]
+    )
+    installs, links, run = block.splitlines()
+    assert installs.startswith("apt-get install ")
+    assert links.startswith("ln -sfn $PWD/.venv/bin/containerd-shim-katapy-v2 ")
+    (tmp_path / "examples/hello").mkdir(parents=True)
+    (tmp_path / "examples/hello/rootfs").symlink_to(busybox)
+    done = subprocess.run(
+        ["sh", "-euc", run], capture_output=True, text=True, cwd=tmp_path, env=containerd.env, timeout=DEADLINE
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+\.\d+\S+\n", done.stdout)
 
 
 def test_a_bundle_that_is_none(tmp_path: Path, host: None) -> None:
