@@ -13,6 +13,7 @@ export PYTHON
 
 HELLO := examples/hello
 PROGRAMS := /usr/bin/qemu-system-x86_64 /usr/lib/qemu/virtiofsd /usr/bin/mmdebstrap /usr/bin/mkfs.erofs /bin/busybox
+INSTALLED := katapy containerd-shim-katapy-v2
 RECIPE := $(filter-out %/__pycache__,$(wildcard images/* guest-agent/init guest-agent/katapy_agent/*.py))
 
 # A stamp is of no use where what it stands for has gone, or is another now: then FORCE does the work again.
@@ -90,13 +91,14 @@ install: build/packages ## katapy under PREFIX, with an environment of its own
 	"$(LIBRARY)/bin/python" -m pip install --quiet --disable-pip-version-check .
 	find "$(LIBRARY)/share" -name __pycache__ -prune -exec rm -rf {} +
 	@# The programs name the Python that will run them: where they will be, not where a package is put together.
-	sed -i '1s|^#!$(DESTDIR)|#!|' "$(LIBRARY)/bin/katapy"
 	mkdir -p "$(DESTDIR)$(PREFIX)/bin"
-	ln -sfn ../lib/katapy/bin/katapy "$(DESTDIR)$(PREFIX)/bin/katapy"
+	for program in $(INSTALLED); do \
+		sed -i '1s|^#!$(DESTDIR)|#!|' "$(LIBRARY)/bin/$$program" && \
+		ln -sfn "../lib/katapy/bin/$$program" "$(DESTDIR)$(PREFIX)/bin/$$program" || exit 1; done
 
 uninstall: ## remove what `make install` has put under PREFIX
 	rm -rf "$(LIBRARY)"
-	rm -f "$(DESTDIR)$(PREFIX)/bin/katapy"
+	rm -f $(foreach program,$(INSTALLED),"$(DESTDIR)$(PREFIX)/bin/$(program)")
 
 clean: ## remove all that was made in this directory; /var/lib/katapy stays
 	rm -rf build dist .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import time
+from contextlib import suppress
 from typing import Final, Literal, TextIO
 
 from katapy.errors import InvalidArgument
@@ -47,6 +48,26 @@ def setup(*, debug: bool = False, file: str | None = None, format: Format = "tex
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+def copy_to_fifo(path: str) -> None:
+    """Send the log to a fifo, too, for as long as somebody reads it; without a reader now there is no copy."""
+    with suppress(OSError):
+        handler = _Fifo(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY))
+        handler.setFormatter(_Formatter("text"))
+        logging.getLogger().addHandler(handler)
+
+
+class _Fifo(logging.Handler):
+    """A reader that is slow, or has left for a while, misses records: nobody waits for it."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            os.write(self._fd, f"{self.format(record)}\n".encode(errors="backslashreplace"))
 
 
 def _open(file: str) -> TextIO:

@@ -53,9 +53,9 @@ class Waiting(NamedTuple):
 _begun: list[Waiting] = []
 
 
-def begin() -> None:
-    """Start one that ``take`` will return."""
-    _begun.append(_start())
+def begin(*, stderr: int = 2) -> None:
+    """Start one that ``take`` will return; until it has its arguments its errors go to the descriptor ``stderr``."""
+    _begun.append(_start(stderr))
 
 
 def take() -> Waiting:
@@ -69,7 +69,7 @@ def drop() -> None:
         _begun.pop().drop()
 
 
-def _start() -> Waiting:
+def _start(stderr: int = 2) -> Waiting:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # What it was started for follows as arguments, for whoever looks at a list of processes.
     argv = [sys.executable, "-I", "-c", _PROGRAM, Path(sys.argv[0]).name, *sys.argv[1:]]
@@ -77,6 +77,7 @@ def _start() -> Waiting:
         try:
             # In a session of its own: what a terminal sends to the command is not for the pod.
             actions = [
+                (os.POSIX_SPAWN_DUP2, stderr, 2),
                 (os.POSIX_SPAWN_DUP2, theirs.fileno(), CONTROL_FD),
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
                 (os.POSIX_SPAWN_DUP2, 0, 1),

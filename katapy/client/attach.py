@@ -209,14 +209,23 @@ class Signals:
         return []
 
 
-def pump(attachment: Attachment, stdin_fd: int, stdout_fd: int, stderr_fd: int, signals: Signals | None = None) -> int:
+def pump(
+    attachment: Attachment,
+    stdin_fd: int,
+    stdout_fd: int,
+    stderr_fd: int,
+    signals: Signals | None = None,
+    *,
+    gate: int = -1,
+) -> int:
     """Carry streams and signals until the process ends; return its exit status, 0 to 255.
 
     The descriptors are the caller's: they stay open, and as blocking or not as they were. With a terminal, a tty on
     ``stdin_fd`` is in raw mode meanwhile. After the exit all output is written, for as long as its reader takes, but
     a stream that stays open and silent for 10 s is given up, and so is everything on SIGHUP, SIGINT, SIGQUIT or
-    SIGTERM. Main thread only. Raises AttachError when the sandbox or the shim died, once the output is written, and
-    OutputLost when it could not be written for another reason than that its reader has left.
+    SIGTERM. With ``gate``, a unix socket, standard input is the descriptor that comes over it, however late.
+    Main thread only. Raises AttachError when the sandbox or the shim died, once the output is written, and OutputLost
+    when it could not be written for another reason than that its reader has left.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(attachment.close)
@@ -229,7 +238,7 @@ def pump(attachment: Attachment, stdin_fd: int, stdout_fd: int, stderr_fd: int, 
         sinks = [("stdout", stdout_fd), ("stderr", stderr_fd)]
         outputs = [_Output(name, streams[name], fd, signals.ring) for name, fd in sinks if name in streams]
         if source is not None:
-            _thread.start_new_thread(_copy_input, (stdin_fd, source))
+            _thread.start_new_thread(_copy_input, (stdin_fd, source, gate))
             stack.callback(_hang_up, source)
         try:
             status = _relay(attachment.control, signals, terminal)
@@ -335,16 +344,26 @@ def _write_all(fd: int, data: memoryview) -> None:
             _wait(fd, select.POLLOUT)
 
 
-def _copy_input(fd: int, stream: _socket.socket) -> None:
-    """Copy ``fd`` to the stream, which this thread owns, until either ends."""
+def _copy_input(fd: int, stream: _socket.socket, gate: int) -> None:
+    """Copy ``fd``, or what comes over ``gate``, to the stream, which this thread owns, until either ends."""
     buffer = memoryview(bytearray(_CHUNK))
     with contextlib.suppress(OSError):
+        if gate >= 0:
+            fd = _given_input(gate)
         while _next_input(fd, stream, buffer):
             pass
         stream.shutdown(_socket.SHUT_WR)
         # Kept open until the other side hangs up: closing at once could cost what it has not yet read.
         _wait(stream, 0)
     stream.close()
+
+
+def _given_input(gate: int) -> int:
+    """Wait for a descriptor. Raises ConnectionResetError where none comes any more."""
+    _, control, _, _ = _socket.socket(fileno=gate).recvmsg(1, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
+    for _, _, item in control:
+        return int(memoryview(item).cast("i")[0])
+    raise ConnectionResetError
 
 
 def _next_input(fd: int, stream: _socket.socket, buffer: memoryview) -> bool:
@@ -411,7 +430,7 @@ class _Terminal:
 
 
 def main(arguments: Iterable[str]) -> int:
-    """Be the stand-in: ``--socket-fd N --id C [--exec E] [--ready-fd M]``, with the container's stdio as 0, 1 and 2.
+    """Be the stand-in: ``--socket-fd N --id C [--exec E] [--ready-fd M] [--gate-fd G]``, with the stdio as 0, 1 and 2.
 
     Writes "!" to the ready descriptor when it has announced itself, then "+" once attached, or "-" and the error as
     JSON, and closes it. Returns the exit status of the process, SHIM_DIED when the sandbox was lost, 1 when attaching
@@ -436,10 +455,12 @@ def main(arguments: Iterable[str]) -> int:
                 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         _report(ready_fd, b"+")
         try:
-            return pump(attachment, 0, 1, 2, signals)
+            return pump(attachment, 0, 1, 2, signals, gate=int(given.get("--gate-fd", -1)))
         except AttachError as error:
-            with contextlib.suppress(OSError):
-                os.write(2, f"katapy: {error}\n".encode())
+            # That the container was removed is news to nobody.
+            if error.kind != "NotFound":
+                with contextlib.suppress(OSError):
+                    os.write(2, f"katapy: {error}\n".encode())
             return error.status if isinstance(error, OutputLost) else SHIM_DIED
 
 

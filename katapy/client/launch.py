@@ -10,17 +10,19 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import katapy
 from katapy import linux, preload
 from katapy.errors import KatapyError, Unavailable, from_wire
 from katapy.run import Process, start
 from katapy.transport import unix
-from katapy.transport.ttrpc import TtrpcClient
+
+if TYPE_CHECKING:
+    from katapy.transport.ttrpc import TtrpcClient
 
 SHIM_SOCKET: Final = "shim.sock"
 ATTACH_SOCKET: Final = "attach.sock"
@@ -103,26 +105,50 @@ def start_shim(
         "foreground": foreground,
         "systemd_cgroup": systemd_cgroup,
     }
+    with _sockets(directory) as listening:
+        client = connect(directory)
+        try:
+            pid = _give(directory, arguments, listening)
+        except KatapyError:
+            client.close()
+            raise
+    return Connected(client, pid)
+
+
+def start_engine_shim(directory: Path, arguments: Mapping[str, object]) -> None:
+    """Start the shim of a pod that an engine talks to, in its directory, with what its ``main`` is to know.
+
+    As ``start_shim``, but nothing of a client is loaded: the engine waits for the command that calls this.
+    """
+    with _sockets(directory) as listening:
+        _give(directory, arguments, listening)
+
+
+@contextmanager
+def _sockets(directory: Path) -> Iterator[list[int]]:
+    """Listen where a shim is reached while the context lasts; the descriptors are the Task API's and attach's."""
     with (
         unix.listen(directory / SHIM_SOCKET, socket.SOCK_STREAM) as listening,
         unix.listen(directory / ATTACH_SOCKET, socket.SOCK_SEQPACKET) as attaching,
     ):
-        client = connect(directory)
-        try:
-            log = _open_log(directory)
-            try:
-                shim = preload.take()
-                shim.give(arguments, [listening.fileno(), attaching.fileno(), log])
-            finally:
-                os.close(log)
-        except KatapyError:
-            client.close()
-            raise
-    return Connected(client, shim.pid)
+        yield [listening.fileno(), attaching.fileno()]
+
+
+def _give(directory: Path, arguments: Mapping[str, object], listening: list[int]) -> int:
+    """Let a shim begin, and return its pid."""
+    log = _open_log(directory)
+    try:
+        shim = preload.take()
+        shim.give(arguments, [*listening, log])
+    finally:
+        os.close(log)
+    return shim.pid
 
 
 def connect(directory: Path) -> TtrpcClient:
     """Connect to the Task API of the shim in a sandbox directory. Raises Unavailable when there is none."""
+    from katapy.transport.ttrpc import TtrpcClient  # not above: who starts a shim for an engine does without protobuf
+
     return TtrpcClient(unix.connect(directory / SHIM_SOCKET, socket.SOCK_STREAM))
 
 
@@ -147,19 +173,9 @@ def start_standin(
     """
     answer, report = os.pipe()
     own_processes = not exec_id
-    with connect_attach(directory) as control, _new_processes() if own_processes else nullcontext():
+    with connect_attach(directory) as control, new_processes() if own_processes else nullcontext():
         fds = control.fileno(), report
-        argv = [
-            *prefix,
-            *(_PROC if own_processes else ()),
-            sys.executable,
-            "-I",
-            "-S",
-            "-c",
-            _STAND_IN,
-            str(Path(katapy.__file__).parent.parent),
-        ]
-        argv += ["--socket-fd", str(fds[0]), "--id", container_id, "--exec", exec_id, "--ready-fd", str(fds[1])]
+        argv = [*prefix, *standin_command(control.fileno(), container_id, exec_id), "--ready-fd", str(report)]
         stdin, stdout, stderr = streams
         try:
             process = start(
@@ -173,8 +189,19 @@ def start_standin(
     return StandIn(process, answer, container_id)
 
 
+def standin_command(control: int, container_id: str, exec_id: str) -> list[str]:
+    """Return the command of a stand-in; ``control`` is a connection to attach.sock that it inherits.
+
+    That of a container's init has to be started within ``new_processes``.
+    """
+    proc = () if exec_id else _PROC
+    package = str(Path(katapy.__file__).parent.parent)
+    argv = [*proc, sys.executable, "-I", "-S", "-c", _STAND_IN, package]
+    return [*argv, "--socket-fd", str(control), "--id", container_id, "--exec", exec_id]
+
+
 @contextmanager
-def _new_processes() -> Iterator[None]:
+def new_processes() -> Iterator[None]:
     """Have the one process that is started meanwhile begin a namespace of processes.
 
     Whoever lists the processes of a container's pid (podman top) is to see none of the host. The namespace is begun by

@@ -322,6 +322,25 @@ def delete(root: Path, container_id: str, *, force: bool) -> list[str]:
         return log.warnings()
 
 
+def abandon(root: Path, container_id: str, *, patience: float) -> State:
+    """Remove a container that its engine has done with, however that went, and return what was known of it.
+
+    Its shim may have been killed, or not answer, or be about to end, for which it has ``patience`` seconds. One that
+    serves a pod's other containers lives on. Raises NotFound where nothing is left.
+    """
+    with StateDir.open(str(root), container_id) as directory:
+        state = directory.load()
+    shim = state.shim
+    if shim is not None and shim.name == "shim" and shim.alive():
+        if state.sandbox != container_id:
+            with suppress(KatapyError), Pod.connect(root, container_id) as pod:
+                pod.remove(force=True)
+        elif not _gone(shim, patience):
+            _kill(shim)
+    finish(root, container_id)
+    return state
+
+
 class _ShimLog:
     """What a shim logs from now on, or from its beginning: can be read when the name of its log is gone with it."""
 

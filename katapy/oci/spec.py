@@ -46,14 +46,10 @@ from katapy.oci.node import (
     required_text,
     text,
 )
+from katapy.oci.pod import sandbox_of
 from katapy.oci.process import ProcessSpec, process
 from katapy.oci.seccomp import Seccomp, parse_seccomp
 
-# Who makes a pod's containers says so in annotations: type and sandbox, under the keys of containerd and of CRI-O.
-_POD_KEYS: Final = (
-    ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
-    ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
-)
 # What containers of a pod can have in common.
 POD_NAMESPACES: Final = ("ipc", "uts", "network", "pid")
 # Far above what engines write, far below the kernel's own 100,000 mounts of a namespace.
@@ -149,10 +145,7 @@ class Spec:
     @property
     def sandbox(self) -> str:
         """The id of the pod's sandbox that this container joins; empty for one with a VM of its own."""
-        for kind, sandbox in _POD_KEYS:
-            if self.annotations.get(kind) == "container" and self.annotations.get(sandbox):
-                return self.annotations[sandbox]
-        return ""
+        return sandbox_of(self.annotations)
 
     @property
     def joined_namespaces(self) -> tuple[str, ...]:

@@ -22,32 +22,41 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nshim.proto\x12\x0ekatapy.shim.v1\x1a\x1bgoogle/protobuf/empty.proto\" \n\x12WaitResumedRequest\x12\n\n\x02id\x18\x01 \x01(\t\"?\n\x10NextEventRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04ooms\x18\x02 \x01(\x04\x12\x11\n\twait_nano\x18\x03 \x01(\x04\"0\n\x11NextEventResponse\x12\x0c\n\x04ooms\x18\x01 \x01(\x04\x12\r\n\x05\x65nded\x18\x02 \x01(\x08\"\x1e\n\x10ProcessesRequest\x12\n\n\x02id\x18\x01 \x01(\t\"?\n\x11ProcessesResponse\x12*\n\tprocesses\x18\x01 \x03(\x0b\x32\x17.katapy.shim.v1.Process\"E\n\x07Process\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0b\n\x03uid\x18\x02 \x01(\r\x12\x0f\n\x07\x63ommand\x18\x03 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x04 \x01(\t\"7\n\x0eTimingResponse\x12%\n\x06phases\x18\x01 \x03(\x0b\x32\x15.katapy.shim.v1.Phase\"1\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x01\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x01\x32\xb7\x02\n\x04Shim\x12I\n\x0bWaitResumed\x12\".katapy.shim.v1.WaitResumedRequest\x1a\x16.google.protobuf.Empty\x12P\n\tNextEvent\x12 .katapy.shim.v1.NextEventRequest\x1a!.katapy.shim.v1.NextEventResponse\x12P\n\tProcesses\x12 .katapy.shim.v1.ProcessesRequest\x1a!.katapy.shim.v1.ProcessesResponse\x12@\n\x06Timing\x12\x16.google.protobuf.Empty\x1a\x1e.katapy.shim.v1.TimingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nshim.proto\x12\x0ekatapy.shim.v1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\" \n\x12WaitResumedRequest\x12\n\n\x02id\x18\x01 \x01(\t\"?\n\x10NextEventRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04ooms\x18\x02 \x01(\x04\x12\x11\n\twait_nano\x18\x03 \x01(\x04\"0\n\x11NextEventResponse\x12\x0c\n\x04ooms\x18\x01 \x01(\x04\x12\r\n\x05\x65nded\x18\x02 \x01(\x08\"\x1e\n\x10ProcessesRequest\x12\n\n\x02id\x18\x01 \x01(\t\"?\n\x11ProcessesResponse\x12*\n\tprocesses\x18\x01 \x03(\x0b\x32\x17.katapy.shim.v1.Process\"E\n\x07Process\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0b\n\x03uid\x18\x02 \x01(\r\x12\x0f\n\x07\x63ommand\x18\x03 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x04 \x01(\t\"7\n\x0eTimingResponse\x12%\n\x06phases\x18\x01 \x03(\x0b\x32\x15.katapy.shim.v1.Phase\"1\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x01\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x01\"\x92\x02\n\x0bRuntimeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x07version\x18\x02 \x01(\x0b\x32\x1e.katapy.shim.v1.RuntimeVersion\x12%\n\x07options\x18\x03 \x01(\x0b\x32\x14.google.protobuf.Any\x12&\n\x08\x66\x65\x61tures\x18\x04 \x01(\x0b\x32\x14.google.protobuf.Any\x12\x41\n\x0b\x61nnotations\x18\x05 \x03(\x0b\x32,.katapy.shim.v1.RuntimeInfo.AnnotationsEntry\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"3\n\x0eRuntimeVersion\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t2\xb7\x02\n\x04Shim\x12I\n\x0bWaitResumed\x12\".katapy.shim.v1.WaitResumedRequest\x1a\x16.google.protobuf.Empty\x12P\n\tNextEvent\x12 .katapy.shim.v1.NextEventRequest\x1a!.katapy.shim.v1.NextEventResponse\x12P\n\tProcesses\x12 .katapy.shim.v1.ProcessesRequest\x1a!.katapy.shim.v1.ProcessesResponse\x12@\n\x06Timing\x12\x16.google.protobuf.Empty\x1a\x1e.katapy.shim.v1.TimingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shim_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WAITRESUMEDREQUEST']._serialized_start=59
-  _globals['_WAITRESUMEDREQUEST']._serialized_end=91
-  _globals['_NEXTEVENTREQUEST']._serialized_start=93
-  _globals['_NEXTEVENTREQUEST']._serialized_end=156
-  _globals['_NEXTEVENTRESPONSE']._serialized_start=158
-  _globals['_NEXTEVENTRESPONSE']._serialized_end=206
-  _globals['_PROCESSESREQUEST']._serialized_start=208
-  _globals['_PROCESSESREQUEST']._serialized_end=238
-  _globals['_PROCESSESRESPONSE']._serialized_start=240
-  _globals['_PROCESSESRESPONSE']._serialized_end=303
-  _globals['_PROCESS']._serialized_start=305
-  _globals['_PROCESS']._serialized_end=374
-  _globals['_TIMINGRESPONSE']._serialized_start=376
-  _globals['_TIMINGRESPONSE']._serialized_end=431
-  _globals['_PHASE']._serialized_start=433
-  _globals['_PHASE']._serialized_end=482
-  _globals['_SHIM']._serialized_start=485
-  _globals['_SHIM']._serialized_end=796
+  _globals['_RUNTIMEINFO_ANNOTATIONSENTRY']._loaded_options = None
+  _globals['_RUNTIMEINFO_ANNOTATIONSENTRY']._serialized_options = b'8\001'
+  _globals['_WAITRESUMEDREQUEST']._serialized_start=86
+  _globals['_WAITRESUMEDREQUEST']._serialized_end=118
+  _globals['_NEXTEVENTREQUEST']._serialized_start=120
+  _globals['_NEXTEVENTREQUEST']._serialized_end=183
+  _globals['_NEXTEVENTRESPONSE']._serialized_start=185
+  _globals['_NEXTEVENTRESPONSE']._serialized_end=233
+  _globals['_PROCESSESREQUEST']._serialized_start=235
+  _globals['_PROCESSESREQUEST']._serialized_end=265
+  _globals['_PROCESSESRESPONSE']._serialized_start=267
+  _globals['_PROCESSESRESPONSE']._serialized_end=330
+  _globals['_PROCESS']._serialized_start=332
+  _globals['_PROCESS']._serialized_end=401
+  _globals['_TIMINGRESPONSE']._serialized_start=403
+  _globals['_TIMINGRESPONSE']._serialized_end=458
+  _globals['_PHASE']._serialized_start=460
+  _globals['_PHASE']._serialized_end=509
+  _globals['_RUNTIMEINFO']._serialized_start=512
+  _globals['_RUNTIMEINFO']._serialized_end=786
+  _globals['_RUNTIMEINFO_ANNOTATIONSENTRY']._serialized_start=736
+  _globals['_RUNTIMEINFO_ANNOTATIONSENTRY']._serialized_end=786
+  _globals['_RUNTIMEVERSION']._serialized_start=788
+  _globals['_RUNTIMEVERSION']._serialized_end=839
+  _globals['_SHIM']._serialized_start=842
+  _globals['_SHIM']._serialized_end=1153
 # @@protoc_insertion_point(module_scope)

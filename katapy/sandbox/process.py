@@ -13,6 +13,7 @@ from katapy.errors import InvalidState, KatapyError, NotFound, Unsupported
 from katapy.state import Status
 
 ATTACH = "attach:"
+FILE = "file://"
 
 
 class Exit(NamedTuple):
@@ -31,7 +32,8 @@ class Exit(NamedTuple):
 class StdioRequest:
     """Which streams a caller of the Task API asked for.
 
-    A stream is wanted when its URI is ``attach:``: the caller comes for it to the attach socket. Empty is /dev/null.
+    A stream that is ``attach:`` the caller comes for itself, to the attach socket. Any other is a path, of a fifo
+    usually, or a ``file://`` URI, and somebody is started who carries it. Empty is /dev/null.
     """
 
     terminal: bool
@@ -39,12 +41,17 @@ class StdioRequest:
     stdout: str = ""
     stderr: str = ""
 
+    @property
+    def attached(self) -> bool:
+        """Whether the caller comes for the streams itself."""
+        return ATTACH in (self.stdin, self.stdout, self.stderr)
+
     def names(self) -> list[str]:
         """Return the names of the streams that are wanted. Raises Unsupported for a URI that is not known."""
         wanted = []
         for name in ("stdin", "stdout", "stderr"):
             uri = getattr(self, name)
-            if uri not in ("", ATTACH):
+            if uri and uri != ATTACH and not uri.startswith(("/", FILE)):
                 raise Unsupported(f"cannot open {name}: {uri!r} is not a kind of stream that katapy serves")
             if uri:
                 wanted.append(name)

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +44,8 @@ _DESTROY_DEADLINE: Final = 10.0
 # What a process has written may still be on its way to a slow reader when the container is deleted.
 _DRAIN_DEADLINE: Final = 10.0
 _KILLED: Final = 128 + signal.SIGKILL
+
+StartStandIn = Callable[[Container], Awaitable[None]]
 
 
 class Sandbox:
@@ -82,8 +85,13 @@ class Sandbox:
         """Return the bundle's directory of a container. Raises NotFound."""
         return self._container(container_id).bundle.path
 
-    async def create(self, container_id: str, bundle_path: str, stdio: StdioRequest) -> GuestProcess:
-        """Create a container from a bundle; the first one boots the VM. On failure nothing of it is left."""
+    async def create(
+        self, container_id: str, bundle_path: str, stdio: StdioRequest, stand_in: StartStandIn | None = None
+    ) -> GuestProcess:
+        """Create a container from a bundle; the first one boots the VM. On failure nothing of it is left.
+
+        ``stand_in`` brings the process of the host that stands for it; without, the caller comes for the streams.
+        """
         names = stdio.names()
         bundle = await asyncio.to_thread(load_bundle, bundle_path)
         if self._closing:
@@ -100,7 +108,7 @@ class Sandbox:
         try:
             async with self._added:
                 self._added.notify_all()
-            machine = await self._prepare(container)
+            machine = await self._prepare(container, stand_in)
             with phase("share files"):
                 spec = await asyncio.to_thread(self._share, machine, container)
             with phase("create the container"):
@@ -118,10 +126,10 @@ class Sandbox:
         container.record.created(bundle.spec.process.to_guest(), machine.parts.acceleration.kind.value)
         return process
 
-    async def _prepare(self, container: Container) -> Machine:
+    async def _prepare(self, container: Container, stand_in: StartStandIn | None) -> Machine:
         """Boot the VM, and meanwhile do what the host has to do for a container."""
         with phase("await the stand-in"):
-            await await_stand_in(container.init)
+            await (stand_in(container) if stand_in is not None else await_stand_in(container.init))
         if container.id == self.id:
             with phase("make the cgroup"):
                 self._cgroup = await self._host.make_pod_cgroup(container, self._size(container), self._config)

@@ -1,8 +1,9 @@
 """The shim: one supervisor process per pod.
 
-Started by ``katapy.preload``, told what for by ``katapy.client.launch``, with two listening sockets in the sandbox
-directory: ``shim.sock`` serves containerd's Task API over ttrpc, ``attach.sock`` hands standard streams to the
-processes that stand in for the container on the host. It owns the virtual machine and all helpers; they die with it.
+Started by ``katapy.preload``, told what for by ``katapy.client.launch`` (for the command line or an engine), with two
+listening sockets in the sandbox directory: ``shim.sock`` serves containerd's Task API over ttrpc, ``attach.sock`` hands
+standard streams to the processes that stand in for the container on the host. It owns the virtual machine and all
+helpers; they die with it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from katapy.sandbox.host import Host
 from katapy.sandbox.record import Record
 from katapy.sandbox.sandbox import Sandbox
 from katapy.shim.attach import AttachServer
+from katapy.shim.engine import Engine
+from katapy.shim.events import Publisher
 from katapy.shim.handler import AttachHandler
 from katapy.shim.observe import ShimService
+from katapy.shim.standin import StandIns
 from katapy.shim.task import TaskService
 from katapy.state import ProcessRef
 from katapy.storage.shared_dir import enter_private_mounts
@@ -41,12 +45,13 @@ log = logging.getLogger("katapy.shim")
 # What has been begun is done, also when the caller leaves; a Create whose caller has left is undone.
 FINISH: Final = ("Start", "Kill", "Pause", "Resume", "Update", "Delete", "Shutdown")
 
+TASK_V3: Final = "containerd.task.v3.Task"
 TASK: Final = task_pb2.DESCRIPTOR.services_by_name["Task"]
 SHIM: Final = shim_pb2.DESCRIPTOR.services_by_name["Shim"]
 
 
 class _Options(NamedTuple):
-    """What ``katapy.client.launch`` asks for."""
+    """What ``katapy.client.launch`` asks for; ``engine`` is an Engine as JSON, None for the command line."""
 
     root: str
     id: str
@@ -54,6 +59,7 @@ class _Options(NamedTuple):
     debug: bool
     foreground: bool
     systemd_cgroup: bool
+    engine: dict[str, str] | None = None
 
 
 def main() -> int:
@@ -70,6 +76,8 @@ def main() -> int:
         os.dup2(log_fd, stream)
     os.close(log_fd)
     logs.setup(debug=options.debug)
+    if options.engine is not None:
+        logs.copy_to_fifo(options.engine["log"])
     os.umask(0o077)
     # Before any thread exists: a mount namespace belongs to the thread that asks for it and to its children.
     host_mounts = enter_private_mounts()
@@ -87,20 +95,29 @@ async def _serve(options: _Options, sockets: tuple[int, int], host_mounts: int, 
         log.debug("sandbox %s was removed before it began", options.id)
         return
     driver = Driver.SYSTEMD if options.systemd_cgroup else Driver.CGROUPFS
-    host = Host(host_mounts, driver, record.creator.pid if record.creator else 0, root)
+    engine = Engine(**options.engine) if options.engine is not None else None
+    # The command that starts a shim for an engine has ended by now, and its pid may be another's.
+    creator = record.creator if engine is None else None
+    host = Host(host_mounts, driver, creator.pid if creator else 0, root)
     sandbox = Sandbox(root, options.id, record, Config.load(Path(options.config) if options.config else None), host)
-    service = TaskService(sandbox)
+    publisher = Publisher(engine)
+    service = TaskService(sandbox, StandIns(sandbox.directory, host_mounts), publisher)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.done.set)
-    watching = _watch_creator(record.creator, sandbox, service, foreground=options.foreground)
-    watch = asyncio.create_task(watching, name="watch the creator")
+    watches = []
+    if engine is None:
+        watching = _watch_creator(record.creator, sandbox, service, foreground=options.foreground)
+        watches.append(asyncio.create_task(watching, name="watch the creator"))
+    task = handler_table(TASK, service, finish=FINISH)
     try:
         async with (
+            publisher,
             serve(
                 socket.socket(fileno=sockets[0]),
                 {
-                    TASK.full_name: handler_table(TASK, service, finish=FINISH),
+                    TASK.full_name: task,
+                    TASK_V3: task,
                     SHIM.full_name: handler_table(SHIM, ShimService(sandbox, timeline)),
                 },
             ),
@@ -108,8 +125,12 @@ async def _serve(options: _Options, sockets: tuple[int, int], host_mounts: int, 
         ):
             await service.done.wait()
             await sandbox.close()
+            await service.close()
     finally:
-        watch.cancel()
+        for watch in watches:
+            watch.cancel()
+        if engine is not None:
+            Path(engine.link).unlink(missing_ok=True)
         sandbox.remove()
         for line in as_text(timeline.phases).splitlines():
             log.debug("%s", line)

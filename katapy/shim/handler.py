@@ -44,6 +44,8 @@ class AttachHandler:
     async def detached(self, container_id: str, exec_id: str) -> None:
         """Note that the streams of a process are done with; an exec that has ended is forgotten by that.
 
+        But not one of an engine's, which deletes it itself.
+
         A process whose stand-in has died has ended for whoever watches that, so it must not go on.
         """
         with suppress(NotFound):
@@ -52,5 +54,5 @@ class AttachHandler:
             if process.status is not Status.STOPPED:
                 with suppress(KatapyError):
                     await self._sandbox.kill(container_id, exec_id, signal.SIGKILL, everyone=not exec_id)
-            elif exec_id:
+            elif exec_id and process.stdio.attached:
                 await self._sandbox.delete(container_id, exec_id)

@@ -1,25 +1,36 @@
-"""containerd's Task service, translated to the sandbox and back. No logic of its own.
+"""containerd's Task service, translated to the sandbox and back, whoever calls: an engine, or katapy's command line.
 
-Source: containerd, api/runtime/task/v2 (package containerd.task.v2; v3 differs in its package name only).
+What an engine needs beside a sandbox is done here: its mounts, stand-ins for processes that it names paths for, and
+events, in the order that containerd demands: create, start, exit, delete.
+Source: containerd, api/runtime/task/v2 (package containerd.task.v2; v3 differs in its package name only), and
+docs/runtime-v2.md, "Events".
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from katapy.errors import InvalidArgument, Unsupported
+from katapy.client.pod import network_command
+from katapy.errors import InvalidArgument, KatapyError, Unsupported
 from katapy.oci.process import parse_process
+from katapy.proto import events_pb2 as events
 from katapy.proto import task_pb2 as pb
+from katapy.sandbox.container import Container
 from katapy.sandbox.process import Exit, GuestProcess, StdioRequest
 from katapy.sandbox.sandbox import Sandbox
+from katapy.shim.events import Publisher
 from katapy.shim.metrics import metrics_of
+from katapy.shim.standin import StandIns
 from katapy.state import Status
+from katapy.storage.rootfs import RootMount, mount_rootfs, unmount_rootfs
 
 _STATUS: Final = {
     Status.CREATING: pb.CREATED,
@@ -32,32 +43,91 @@ _STATUS: Final = {
 _LOST: Final = 137
 
 
+# How long a watch of a container's memory lasts before it is begun again, in seconds.
+_EVENT_SECONDS: Final = 3600.0
+
+
+@dataclass(eq=False)
+class _Followed:
+    """A process whose end is told: ``starting`` keeps that from being told before its start."""
+
+    process: GuestProcess
+    starting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+
 class TaskService:
     """The Task service of one sandbox; ``done`` is set when the shim shall end."""
 
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
+    def __init__(self, sandbox: Sandbox, stand_ins: StandIns, publisher: Publisher) -> None:
+        self._sandbox, self._stand_ins, self._publisher = sandbox, stand_ins, publisher
+        self._followed: dict[tuple[str, str], _Followed] = {}
+        self._mounted: dict[str, int] = {}
         self.done = asyncio.Event()
 
     async def create(self, request: pb.CreateTaskRequest) -> pb.CreateTaskResponse:
         """Create a container; when the first one fails there is no pod, and the shim ends."""
-        if request.rootfs:
-            raise Unsupported(f"cannot mount the root file system of {request.id}: mounts in Create are not served")
         if request.checkpoint:
             raise Unsupported(f"cannot create {request.id} from a checkpoint")
         stdio = StdioRequest(request.terminal, request.stdin, request.stdout, request.stderr)
         try:
-            process = await self._sandbox.create(request.id, request.bundle, stdio)
+            process = await self._create(request, stdio)
         except BaseException:
             if self._sandbox.empty:
                 self.done.set()
             raise
+        if not stdio.attached:
+            self._publisher.publish(_creation(request, process.host_pid))
+            self._follow(process)
         return pb.CreateTaskResponse(pid=process.host_pid)
+
+    async def _create(self, request: pb.CreateTaskRequest, stdio: StdioRequest) -> GuestProcess:
+        async with AsyncExitStack() as undo:
+            mounts = [RootMount(mount.type, mount.source, tuple(mount.options)) for mount in request.rootfs]
+            if mounts:
+                target = _rootfs(request.bundle)
+                await asyncio.to_thread(mount_rootfs, mounts, target)
+                undo.callback(unmount_rootfs, target, len(mounts))
+
+            async def stand_in(container: Container) -> None:
+                undo.push_async_callback(self._stand_ins.remove, container.init)
+                await self._stand_ins.start(container.init, network_command(container.bundle.spec))
+
+            process = await self._sandbox.create(
+                request.id, request.bundle, stdio, stand_in=None if stdio.attached else stand_in
+            )
+            undo.pop_all()
+        self._mounted[request.id] = len(mounts)
+        return process
 
     async def start(self, request: pb.StartRequest) -> pb.StartResponse:
         """Start a created container or process."""
-        process = await self._sandbox.start(request.id, request.exec_id)
+        process = self._sandbox.process(request.id, request.exec_id)
+        followed = self._followed.get((request.id, request.exec_id))
+        if followed is None:
+            await self._start(process)
+            return pb.StartResponse(pid=process.host_pid)
+        async with followed.starting:
+            await self._start(process)
+            if request.exec_id:
+                self._publisher.publish(
+                    events.TaskExecStarted(container_id=request.id, exec_id=request.exec_id, pid=process.host_pid)
+                )
+            else:
+                self._publisher.publish(events.TaskStart(container_id=request.id, pid=process.host_pid))
         return pb.StartResponse(pid=process.host_pid)
+
+    async def _start(self, process: GuestProcess) -> None:
+        bring = process.exec_id and not process.stdio.attached and process.status is Status.CREATED
+        if bring:
+            await self._stand_ins.start(process)
+        try:
+            self._stand_ins.open_stdin(process)
+            await self._sandbox.start(process.container_id, process.exec_id)
+        except BaseException:
+            if bring:
+                await self._stand_ins.remove(process)
+            raise
 
     async def state(self, request: pb.StateRequest) -> pb.StateResponse:
         """Answer from memory, whatever the VM does."""
@@ -86,6 +156,9 @@ class TaskService:
         if process.terminal != request.terminal:
             raise InvalidArgument("process.terminal and the request's terminal differ")
         self._sandbox.add_exec(request.id, request.exec_id, process.to_guest(), stdio)
+        if not stdio.attached:
+            self._publisher.publish(events.TaskExecAdded(container_id=request.id, exec_id=request.exec_id))
+            self._follow(self._sandbox.process(request.id, request.exec_id))
         return Empty()
 
     async def kill(self, request: pb.KillRequest) -> Empty:
@@ -96,12 +169,18 @@ class TaskService:
     async def pause(self, request: pb.PauseRequest) -> Empty:
         """Freeze a container."""
         await self._sandbox.pause(request.id)
+        self._publisher.publish(events.TaskPaused(container_id=request.id))
         return Empty()
 
     async def resume(self, request: pb.ResumeRequest) -> Empty:
         """Let a frozen container go on."""
         await self._sandbox.resume(request.id)
+        self._publisher.publish(events.TaskResumed(container_id=request.id))
         return Empty()
+
+    async def checkpoint(self, request: pb.CheckpointTaskRequest) -> Empty:
+        """Refuse: what is in the memory of a VM cannot be handed to another."""
+        raise Unsupported(f"cannot checkpoint {request.id}: katapy does not save containers")
 
     async def wait(self, request: pb.WaitRequest) -> pb.WaitResponse:
         """Answer when the process has ended."""
@@ -113,9 +192,25 @@ class TaskService:
 
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         """Remove a container or a process that has ended."""
-        pid = self._sandbox.process(request.id, request.exec_id).host_pid
-        end = await self._sandbox.delete(request.id, request.exec_id)
-        return pb.DeleteResponse(pid=pid, exit_status=end.status, exited_at=_timestamp(end.at))
+        process = self._sandbox.process(request.id, request.exec_id)
+        bundle = self._sandbox.bundle(request.id)
+        if process.exited.is_set():
+            await self._stand_ins.drain(process)
+        await self._sandbox.delete(request.id, request.exec_id)
+        end = _end_of(process) or Exit.now(_LOST)
+        execs = [key for key in self._followed if key[0] == request.id and key[1]] if not request.exec_id else []
+        for key in [*execs, (request.id, request.exec_id)]:
+            await self._unfollow(*key)
+        await self._stand_ins.remove(process)
+        if not request.exec_id:
+            if count := self._mounted.pop(request.id, 0):
+                await asyncio.to_thread(unmount_rootfs, _rootfs(bundle), count)
+            self._publisher.publish(
+                events.TaskDelete(
+                    container_id=request.id, pid=process.host_pid, exit_status=end.status, exited_at=_timestamp(end.at)
+                )
+            )
+        return pb.DeleteResponse(pid=process.host_pid, exit_status=end.status, exited_at=_timestamp(end.at))
 
     async def resize_pty(self, request: pb.ResizePtyRequest) -> Empty:
         """Set the size of a terminal."""
@@ -124,7 +219,7 @@ class TaskService:
 
     async def close_io(self, request: pb.CloseIORequest) -> Empty:
         """Close standard input."""
-        if request.stdin:
+        if request.stdin and not self._stand_ins.close_stdin(self._sandbox.process(request.id, request.exec_id)):
             await self._sandbox.close_stdin(request.id, request.exec_id)
         return Empty()
 
@@ -162,6 +257,70 @@ class TaskService:
         if request.now or self._sandbox.empty:
             self.done.set()
         return Empty()
+
+    async def close(self) -> None:
+        """Tell the ends that are known by now, and let go of what is held, once the sandbox is closed."""
+        for key in list(self._followed):
+            await self._unfollow(*key)
+        await self._stand_ins.close()
+
+    def _follow(self, process: GuestProcess) -> None:
+        """Tell the engine of the end of a process that it has asked for; of the command line's it knows nothing."""
+        followed = self._followed[process.container_id, process.exec_id] = _Followed(process)
+        followed.tasks.append(asyncio.create_task(self._tell_exit(followed), name=f"tell of {process.name}"))
+        if not process.exec_id:
+            watch = self._tell_ooms(process.container_id)
+            followed.tasks.append(asyncio.create_task(watch, name=f"tell of the memory of {process.name}"))
+
+    async def _unfollow(self, container_id: str, exec_id: str) -> None:
+        """Wait until the end of a process was told, if it has ended."""
+        followed = self._followed.pop((container_id, exec_id), None)
+        if followed is None:
+            return
+        if followed.process.exited.is_set():
+            await asyncio.wait(followed.tasks[:1])
+        for task in followed.tasks:
+            task.cancel()
+        await asyncio.wait(followed.tasks)
+
+    async def _tell_exit(self, followed: _Followed) -> None:
+        process = followed.process
+        await process.exited.wait()
+        async with followed.starting:
+            end = _end_of(process)
+            assert end is not None
+            self._publisher.publish(
+                events.TaskExit(
+                    container_id=process.container_id,
+                    id=process.exec_id or process.container_id,
+                    pid=process.host_pid,
+                    exit_status=end.status,
+                    exited_at=_timestamp(end.at),
+                )
+            )
+
+    async def _tell_ooms(self, container_id: str) -> None:
+        ooms, ended = 0, False
+        with suppress(KatapyError):
+            while not ended:
+                before = ooms
+                ooms, ended = await self._sandbox.next_event(container_id, ooms, _EVENT_SECONDS)
+                for _ in range(before, ooms):
+                    self._publisher.publish(events.TaskOOM(container_id=container_id))
+
+
+def _creation(request: pb.CreateTaskRequest, pid: int) -> events.TaskCreate:
+    return events.TaskCreate(
+        container_id=request.id,
+        bundle=request.bundle,
+        rootfs=[events.Mount.FromString(mount.SerializeToString()) for mount in request.rootfs],
+        io=events.TaskIO(stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal),
+        pid=pid,
+    )
+
+
+def _rootfs(bundle: str) -> str:
+    return os.path.join(bundle, "rootfs")
 
 
 def _end_of(process: GuestProcess) -> Exit | None:

@@ -411,7 +411,7 @@ def test_a_shim_that_cannot_be_begun_is_no_traceback(tmp_path: Path) -> None:
     """It is begun before the command line is read, where nobody prints an error."""
     code = (
         "import sys; from katapy import entry, preload\n"
-        "def refuse(): raise OSError(11, 'Resource temporarily unavailable')\n"
+        "def refuse(_stderr): raise OSError(11, 'Resource temporarily unavailable')\n"
         "preload._start = refuse; sys.argv = ['katapy', 'run', '--nonsense']; entry.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)

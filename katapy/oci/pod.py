@@ -1,0 +1,21 @@
+"""Which pod a container belongs to. Whoever starts a shim asks first of all, so nothing is imported here."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Who makes a pod's containers says so in annotations: type and sandbox, under the keys of containerd and of CRI-O.
+_KEYS = (
+    ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
+    ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
+)
+
+
+def sandbox_of(annotations: Mapping[str, str]) -> str:
+    """Return the id of the pod's sandbox that a container joins; empty for one with a VM of its own."""
+    for kind, sandbox in _KEYS:
+        if annotations.get(kind) == "container" and annotations.get(sandbox):
+            return annotations[sandbox]
+    return ""

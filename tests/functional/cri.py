@@ -1,0 +1,137 @@
+"""What Kubernetes says to containerd: a client of its CRI plugin, and the configuration that the plugin needs.
+
+The messages are generated from cri.proto when a test needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from harness import DEADLINE
+
+HANDLER = "katapy"
+PAUSE = "localhost/pause:test"
+CONFIG = """
+version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+[grpc]
+address = "{directory}/containerd.sock"
+[debug]
+level = "debug"
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "%(pause)s"
+restrict_oom_score_adj = true
+disable_hugetlb_controller = true
+stream_server_port = "0"
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "/usr/lib/cni"
+conf_dir = "{directory}/cni"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+default_runtime_name = "%(handler)s"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.%(handler)s]
+runtime_type = "io.containerd.katapy.v2"
+""" % {"pause": PAUSE, "handler": HANDLER}  # noqa: UP031 - braces are for the directory
+NETWORK = """{{
+  "cniVersion": "0.4.0", "name": "katapy-test",
+  "plugins": [
+    {{"type": "ptp", "ipMasq": false, "ipam": {{
+      "type": "host-local", "subnet": "10.79.0.0/24", "dataDir": "{directory}/ipam", "routes": [{{"dst": "0.0.0.0/0"}}]
+    }}}}
+  ]
+}}"""
+
+
+def load_messages(directory: Path) -> Any:
+    """Generate the module of the messages in ``directory`` and return it."""
+    from grpc_tools import protoc
+
+    source = Path(__file__).parent
+    assert protoc.main(["protoc", f"--proto_path={source}", f"--python_out={directory}", "cri.proto"]) == 0
+    sys.path.insert(0, str(directory))
+    try:
+        return importlib.import_module("cri_pb2")
+    finally:
+        sys.path.remove(str(directory))
+
+
+@dataclass
+class Cri:
+    """A client; ``messages`` is the generated module."""
+
+    channel: grpc.Channel
+    messages: Any
+    image: str
+
+    def call(self, method: str, request: Any) -> Any:
+        """Make one call."""
+        service = self.messages.DESCRIPTOR.services_by_name["RuntimeService"]
+        answer = getattr(self.messages, service.methods_by_name[method].output_type.name)
+        call: Callable[..., Any] = self.channel.unary_unary(
+            f"/{service.full_name}/{method}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=answer.FromString,
+        )
+        return call(request, timeout=DEADLINE)
+
+    def pod_config(self, name: str, logs: Path) -> Any:
+        """Describe a pod."""
+        pb = self.messages
+        return pb.PodSandboxConfig(
+            metadata=pb.PodSandboxMetadata(name=name, uid=f"uid-{name}", namespace="default"),
+            hostname=name,
+            log_directory=str(logs),
+            linux=pb.LinuxPodSandboxConfig(
+                security_context=pb.LinuxSandboxSecurityContext(namespace_options=pb.NamespaceOption(pid=1))
+            ),
+        )
+
+    def run_pod(self, config: Any) -> str:
+        """Start a pod and return its id."""
+        request = self.messages.RunPodSandboxRequest(config=config, runtime_handler=HANDLER)
+        return str(self.call("RunPodSandbox", request).pod_sandbox_id)
+
+    def pod(self, method: str, pod: str) -> Any:
+        """Make a call that is about a pod."""
+        return self.call(method, self.messages.PodSandboxRequest(pod_sandbox_id=pod))
+
+    def create(self, pod: str, config: Any, name: str, command: Sequence[str], memory: int = 0) -> str:
+        """Create a container in a pod and return its id."""
+        pb = self.messages
+        container = pb.ContainerConfig(
+            metadata=pb.ContainerMetadata(name=name),
+            image=pb.ImageSpec(image=self.image),
+            command=command,
+            log_path=f"{name}.log",
+            linux=pb.LinuxContainerConfig(
+                resources=pb.LinuxContainerResources(memory_limit_in_bytes=memory),
+                security_context=pb.LinuxContainerSecurityContext(namespace_options=pb.NamespaceOption(pid=1)),
+            ),
+        )
+        request = pb.CreateContainerRequest(pod_sandbox_id=pod, config=container, sandbox_config=config)
+        return str(self.call("CreateContainer", request).container_id)
+
+    def container(self, method: str, container: str) -> Any:
+        """Make a call that is about a container."""
+        return self.call(method, self.messages.ContainerRequest(container_id=container))
+
+    def start(self, pod: str, config: Any, name: str, *command: str, memory: int = 0) -> str:
+        """Run a container in a pod and return its id."""
+        container = self.create(pod, config, name, command, memory)
+        self.container("StartContainer", container)
+        return container
+
+    def execute(self, container: str, *command: str) -> tuple[int, str, str]:
+        """Run a command in a container; return its exit code and what it printed."""
+        done = self.call("ExecSync", self.messages.ExecSyncRequest(container_id=container, cmd=command, timeout=60))
+        return done.exit_code, done.stdout.decode(), done.stderr.decode()
+
+    def stop(self, container: str, seconds: int = 0) -> None:
+        """Stop a container."""
+        self.call("StopContainer", self.messages.StopContainerRequest(container_id=container, timeout=seconds))

@@ -1,0 +1,149 @@
+"""Pods as Kubernetes makes them: containerd's CRI plugin with katapy as a runtime handler, and CNI's plugins."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from containerd_daemon import CTR, IMAGE, Containerd, start_containerd, write_image
+from cri import CONFIG, NETWORK, PAUSE, Cri, load_messages
+from harness import DEADLINE, descendants
+
+pytestmark = pytest.mark.skipif(
+    not (CTR.exists() and Path("/usr/lib/cni/ptp").exists()), reason="containerd or CNI's plugins are not installed"
+)
+SLEEP = ("sleep", "1000")
+RUNNING, EXITED = 1, 2
+
+
+@contextmanager
+def own_network() -> Iterator[str]:
+    """Have a network namespace, so that what CNI makes is not the host's, and yield its name."""
+    name = f"katapy-cri-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.fixture(scope="module")
+def daemon(busybox: Path) -> Iterator[Containerd]:
+    """A daemon with the plugin, in a network namespace of its own."""
+    with tempfile.TemporaryDirectory(prefix="katapy-") as name, own_network() as network:
+        directory = Path(name)
+        (directory / "cni").mkdir()
+        (directory / "cni/10-test.conflist").write_text(NETWORK.format(directory=directory))
+        with start_containerd(directory, busybox, CONFIG, network=network, namespace="k8s.io") as containerd:
+            write_image(directory / "pause.tar", busybox, PAUSE, SLEEP)
+            containerd("images", "import", "--no-unpack", directory / "pause.tar")
+            yield containerd
+
+
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory: pytest.TempPathFactory) -> object:
+    return load_messages(tmp_path_factory.mktemp("cri"))
+
+
+@pytest.fixture
+def cri(daemon: Containerd, messages: object, host: None) -> Iterator[Cri]:
+    """A client; afterwards there is no pod, and nothing of one."""
+    known = descendants()
+    with grpc.insecure_channel(f"unix://{daemon.directory}/containerd.sock") as channel:
+        yield Cri(channel, messages, IMAGE)
+    assert list(daemon.root.iterdir()) == [], "state left behind"
+    deadline = time.monotonic() + DEADLINE
+    while left := [name for pid, name in descendants().items() if pid not in known and "shim" in name]:
+        assert time.monotonic() < deadline, left
+
+
+@contextmanager
+def pod(cri: Cri, tmp_path: Path, name: str = "p1") -> Iterator[tuple[str, object]]:
+    """Run a pod while the context lasts; yield its id and its configuration."""
+    config = cri.pod_config(name, tmp_path)
+    sandbox = cri.run_pod(config)
+    try:
+        yield sandbox, config
+    finally:
+        cri.pod("StopPodSandbox", sandbox)
+        cri.pod("RemovePodSandbox", sandbox)
+
+
+def await_true(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def state(cri: Cri, container: str) -> tuple[int, int]:
+    """Return a container's state and exit code."""
+    found = cri.container("ContainerStatus", container).status
+    return found.state, found.exit_code
+
+
+def test_a_pod_s_life(cri: Cri, tmp_path: Path) -> None:
+    """Two containers in one VM, which share its network."""
+    with pod(cri, tmp_path) as (sandbox, config):
+        address = cri.pod("PodSandboxStatus", sandbox).status.network.ip
+        assert address.startswith("10.79.0.")
+        web = cri.start(sandbox, config, "web", "httpd", "-f", "-p", "80", "-h", "/etc")
+        other = cri.start(sandbox, config, "other", "sh", "-c", "echo out; echo err >&2; exec sleep 1000")
+        assert cri.execute(other, "wget", "-q", "-O-", "http://127.0.0.1/group")[1].startswith("root:")
+        assert cri.execute(other, "hostname")[1] == "p1\n"
+        assert f"inet {address}/" in cri.execute(web, "ip", "addr", "show", "eth0")[1]
+        boots = {cri.execute(each, "cat", "/proc/sys/kernel/random/boot_id")[1] for each in (web, other)}
+        assert len(boots) == 1
+        assert cri.execute(web, "sh", "-c", "echo o; echo e >&2; exit 3") == (3, "o\n", "e\n")
+        await_true(lambda: len((tmp_path / "other.log").read_text().splitlines()) == 2)
+        logged = [line.split(" ", 1)[1] for line in (tmp_path / "other.log").read_text().splitlines()]
+        assert sorted(logged) == ["stderr F err", "stdout F out"]
+        stats = cri.container("ContainerStats", web).stats
+        assert stats.memory.working_set_bytes.value > 1 << 16
+        assert stats.cpu.usage_core_nano_seconds.value > 0
+        cri.stop(other)
+        assert state(cri, other) == (EXITED, 137)
+        cri.container("RemoveContainer", other)
+        assert state(cri, web) == (RUNNING, 0)
+
+
+def test_a_container_that_is_started_again(cri: Cri, tmp_path: Path) -> None:
+    """In a pod that lives: an init container first, and one that fails."""
+    with pod(cri, tmp_path) as (sandbox, config):
+        for number in range(3):
+            container = cri.start(sandbox, config, f"c{number}", "sh", "-c", f"exit {number}")
+            await_true(lambda container=container: state(cri, container)[0] == EXITED)  # type: ignore[misc]
+            assert state(cri, container) == (EXITED, number)
+            cri.container("RemoveContainer", container)
+
+
+def test_stop_takes_its_time(cri: Cri, tmp_path: Path) -> None:
+    """SIGTERM first; a program that heeds it ends with what it likes."""
+    with pod(cri, tmp_path) as (sandbox, config):
+        script = "trap 'exit 5' TERM; echo ready; while true; do sleep 0.1; done"
+        container = cri.start(sandbox, config, "c1", "sh", "-c", script)
+        await_true(lambda: "ready" in (tmp_path / "c1.log").read_text())
+        cri.stop(container, 30)
+        assert state(cri, container) == (EXITED, 5)
+
+
+def test_memory_limits(cri: Cri, tmp_path: Path) -> None:
+    """Changed while it runs; and a container that needs more is killed, which containerd hears of."""
+    with pod(cri, tmp_path) as (sandbox, config):
+        container = cri.start(sandbox, config, "c1", *SLEEP, memory=64 << 20)
+        pb = cri.messages
+        change = pb.LinuxContainerResources(memory_limit_in_bytes=32 << 20)
+        cri.call("UpdateContainerResources", pb.UpdateContainerResourcesRequest(container_id=container, linux=change))
+        assert cri.execute(container, "cat", "/sys/fs/cgroup/memory.max")[1] == f"{32 << 20}\n"
+        hungry = cri.start(sandbox, config, "c2", "sh", "-c", "x=x; while true; do x=$x$x; done", memory=16 << 20)
+        await_true(lambda: state(cri, hungry)[0] == EXITED)
+        found = cri.container("ContainerStatus", hungry).status
+        assert (found.exit_code, found.reason) == (137, "OOMKilled")
