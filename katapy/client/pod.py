@@ -33,6 +33,7 @@ _NSENTER: Final = "/usr/bin/nsenter"
 _UNSHARE: Final = "/usr/bin/unshare"
 # A shim that was told to end has at most this many seconds; its guest flushes its files within ten.
 _END_SECONDS: Final = 30.0
+_LEAVING_SECONDS: Final = 5.0
 _LOG_TAIL: Final = 1000
 _LOG_MAX: Final = 65536
 # As log.py writes it.
@@ -314,10 +315,12 @@ def delete(root: Path, container_id: str, *, force: bool) -> list[str]:
             try:
                 with Pod.connect(root, container_id) as pod:
                     pod.remove(force=force)
-            except KatapyError:
+            except KatapyError as error:
                 if not force:
                     raise
-                _kill(state.shim)
+                # One that has hung up may be in the middle of its own end, and would leave half of it undone.
+                if not (isinstance(error, Unavailable) and _gone(state.shim, _LEAVING_SECONDS)):
+                    _kill(state.shim)
         finish(root, container_id)
         return log.warnings()
 
