@@ -12,7 +12,7 @@ import re
 import select
 import signal
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, NamedTuple, Self
@@ -340,7 +340,7 @@ def abandon(root: Path, container_id: str, *, patience: float) -> State:
                 pod.remove(force=True)
         elif not _gone(shim, patience):
             _kill(shim)
-    finish(root, container_id)
+    finish(root, container_id, own_network=False)
     return state
 
 
@@ -370,9 +370,10 @@ class _ShimLog:
         return [json.loads(match[1]) for match in found if match]
 
 
-def finish(root: Path, container_id: str) -> None:
+def finish(root: Path, container_id: str, *, own_network: bool = True) -> None:
     """Wait for a shim that was told to end, and remove what it has left where it could not.
 
+    Without ``own_network`` somebody else takes the network namespace apart, and it is no error to come too late for it.
     Raises Unavailable where a process cannot be killed.
     """
     owner = None
@@ -395,7 +396,8 @@ def finish(root: Path, container_id: str) -> None:
                 for process in state.helpers:
                     _kill(process)
                 _remove_cgroup(state)
-                _leave_network(state)
+                with nullcontext() if own_network else suppress(KatapyError):
+                    _leave_network(state)
                 directory.remove()
         return
     raise Unavailable(f"cannot remove {container_id}: process {owner.pid if owner else 0} cannot be killed")

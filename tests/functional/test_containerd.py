@@ -350,6 +350,36 @@ def test_killed_shim(containerd: Containerd) -> None:
     await_true(lambda: containerd.run("--rm", IMAGE, "c1", "echo", "again", check=False).out == "again\n")
 
 
+def test_shim_killed_while_it_creates(containerd: Containerd) -> None:
+    """The VM is half-way up; all that it is goes with the shim."""
+    with ThreadPoolExecutor(1) as threads:
+        creating = threads.submit(containerd.run, "--rm", IMAGE, "c1", "true", check=False)
+        await_true(lambda: (containerd.root / "c1/staging").exists())
+        os.kill(containerd.shim("c1"), signal.SIGKILL)
+        assert creating.result().status == 1
+    # ctr tries to remove the container while containerd still has its task.
+    await_true(lambda: not status(containerd, "c1") and not list(containerd.root.iterdir()))
+    containerd("containers", "rm", "c1", check=False)
+
+
+def test_containerd_killed_while_it_creates(busybox: Path, host: None) -> None:
+    """Started again, it knows what it has; and it can be removed, or is gone already."""
+    with (
+        tempfile.TemporaryDirectory(prefix="katapy-") as name,
+        start_containerd(Path(name), busybox) as containerd,
+    ):
+        with ThreadPoolExecutor(1) as threads:
+            creating = threads.submit(containerd.run, IMAGE, "c1", *SLEEP, check=False)
+            await_true(lambda: (containerd.root / "c1/staging").exists())
+            containerd.stop(signal.SIGKILL)
+            assert creating.result().status == 1
+        containerd.start()
+        await_true(lambda: status(containerd, "c1") in ("", "CREATED", "STOPPED"))
+        containerd("task", "rm", "--force", "c1", check=False)
+        await_true(lambda: not status(containerd, "c1") and not list(containerd.root.iterdir()))
+        containerd("containers", "rm", "c1")
+
+
 def test_killed_vm(containerd: Containerd) -> None:
     """The task has ended as if it was killed, and the shim answers."""
     containerd.run("--detach", IMAGE, "c1", *SLEEP)

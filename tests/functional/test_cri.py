@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -147,3 +148,15 @@ def test_memory_limits(cri: Cri, tmp_path: Path) -> None:
         await_true(lambda: state(cri, hungry)[0] == EXITED)
         found = cri.container("ContainerStatus", hungry).status
         assert (found.exit_code, found.reason) == (137, "OOMKilled")
+
+
+def test_killed_shim(cri: Cri, daemon: Containerd, tmp_path: Path) -> None:
+    """All of the pod has ended, and can be removed; another pod never notices."""
+    with pod(cri, tmp_path, "p2") as (other, config):
+        witness = cri.start(other, config, "c1", *SLEEP)
+        with pod(cri, tmp_path) as (sandbox, config):
+            containers = [cri.start(sandbox, config, name, *SLEEP) for name in ("c2", "c3")]
+            os.kill(daemon.shim(sandbox), signal.SIGKILL)
+            for container in containers:
+                await_true(lambda container=container: state(cri, container)[0] == EXITED)  # type: ignore[misc]
+        assert cri.execute(witness, "echo", "alive")[1] == "alive\n"
