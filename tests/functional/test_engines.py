@@ -288,18 +288,24 @@ def test_volumes(engine: Engine) -> None:
     assert (status.st_uid, status.st_gid, os.listdir(write)) == (7, 8, ["new"])
 
 
-@pytest.fixture
-def elsewhere(engine: Engine) -> Iterator[Callable[..., Done]]:
-    """Run programs on a host of their own, as far as networks go: podman leaves a bridge and rules behind."""
+@pytest.fixture(scope="module")
+def network() -> Iterator[Path]:
+    """A network namespace that stands for a host's, made before ``host`` looks: iproute2 leaves a mount behind."""
     name = f"katapy-podman-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+    yield Path("/run/netns", name)
+    subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.fixture
+def elsewhere(network: Path, engine: Engine) -> Callable[..., Done]:
+    """Run programs on a host of their own, as far as networks go: podman leaves a bridge and rules behind."""
 
     def run(*argv: str | Path, check: bool = True) -> Done:
-        return engine("nsenter", f"--net=/run/netns/{name}", "--", *argv, check=check)
+        return engine("nsenter", f"--net={network}", "--", *argv, check=check)
 
-    yield run
-    subprocess.run(["ip", "netns", "delete", name], check=True)
+    return run
 
 
 def test_networks(engine: Engine, elsewhere: Callable[..., Done]) -> None:

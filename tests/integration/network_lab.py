@@ -282,7 +282,7 @@ def nothing_left() -> Iterator[None]:
 
     def state() -> tuple[Sequence[str], ...]:
         tasks = [each for task in Path("/proc/self/task").iterdir() for each in (task / "children").read_text().split()]
-        namespaces = [name for name in os.listdir("/run/netns") if name.startswith(f"katapy-test-{os.getpid()}-")]
+        namespaces = [each.name for each in Path("/run/netns").glob(f"katapy-test-{os.getpid()}-*")]
         own = sorted(name for _, name in socket.if_nameindex() if name.startswith("katapy"))
         return os.listdir("/proc/self/fd"), tasks, namespaces, own
 
