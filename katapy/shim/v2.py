@@ -113,19 +113,19 @@ def start(call: Call) -> str:
         # Until the shim takes over, at Create: nobody is behind it when this process has ended.
         shim=ProcessRef.of("creator", os.getpid()),
     )
+    address = f"unix://{link}"
     with ExitStack() as undo:
         if sandbox_id != call.id:
             _check_serves(link, sandbox_id)
-            _make_state(root, state)
-            undo.callback(_remove_state, root, call.id)
         else:
             _begin(call.bundle)
             undo.callback(preload.drop)
-            _make_state(root, state)
-            undo.callback(_remove_state, root, call.id)
-            _start_shim(call, root, link, systemd_cgroup=_is_systemd(config))
-        address = f"unix://{link}"
+        _make_state(root, state)
+        undo.callback(_remove_state, root, call.id)
+        # Last is what cannot be undone at once.
         _write_address(call.bundle, address)
+        if sandbox_id == call.id:
+            _start_shim(call, root, link, systemd_cgroup=_is_systemd(config))
         undo.pop_all()
     return address
 
