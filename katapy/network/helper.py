@@ -202,6 +202,8 @@ class Helper:
 
     def _add_tap(self, link: Link, interface: Interface, name: str) -> tuple[list[int], dict[str, Any]]:
         """Make a tap beside the interface, and let frames go both ways; return its queues, and what to know of it."""
+        # A helper that was killed while the pod ran has left half of this.
+        self._remove_from(link.index, {each.index for each in self._netlink.links()})
         queues = tap.open_tap(name, queues=self._settings["queues"], stack=self._stack)
         requests = self._undo.setdefault(link.index, [])
         index = self._up(name, mtu=min(link.mtu, _MTU_MAX))

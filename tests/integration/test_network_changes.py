@@ -117,6 +117,25 @@ async def test_an_interface_comes_back_before_the_vm_has_let_go(lab: Lab, connec
     await changes.aclose()  # type: ignore[attr-defined]
 
 
+async def test_what_a_helper_has_left_that_was_killed_during_a_change(lab: Lab, connection: Connection) -> None:
+    """The frames of the interface went to a tap that is gone, and the filter stayed when the pod had ended."""
+    lab.veth("eth1", "p1", "10.2.0.2/24", mac=OTHER)
+    lab.ip("tuntap add dev gone mode tap")
+    lab.tc("qdisc add dev eth1 ingress")
+    redirect = "u32 match u32 0 0 action mirred egress redirect dev gone"
+    lab.tc(f"filter add dev eth1 ingress protocol all prio {0xCA7A} {redirect}")
+    lab.ip("link delete gone")
+    changes = connection.pod.changes()
+    async with asyncio.timeout(DEADLINE):
+        connection.nics += (await anext(changes)).added
+    await changes.aclose()  # type: ignore[attr-defined]
+    wire, frame = lab.capture("p1"), ipv4("10.2.0.9", "10.2.0.2", sender=OWN)
+    wire.send(frame)
+    until_frame(connection.tap("eth1"), frame)
+    connection.close()
+    assert "ingress" not in lab.tc("qdisc show dev eth1")
+
+
 async def test_filters_follow_the_addresses(lab: Lab, connection: Connection, following: Following) -> None:
     wire = lab.capture("p0")
     old, new, new6 = ipv4(OWN_IP, OTHER_IP), ipv4("10.1.0.5", OTHER_IP), ipv6("2001:db8::5", "2001:db8::1")
