@@ -158,12 +158,15 @@ class QemuVm:
         await self._execute("device_add", device)
 
     async def unplug(self, device: str) -> None:
-        """Take out the NIC with this permanent hardware address. It is cut off, whatever the guest does about it.
+        """Take out the NIC with this permanent hardware address, if it is there.
 
+        It is cut off, whatever the guest does about it.
         Raises Timeout where the guest does not let go of it, Unavailable.
         """
         assert self._qmp is not None
-        port = self._nics[device]
+        port = self._nics.get(device)
+        if port is None:
+            return  # it could not be plugged in
         await self._execute("netdev_del", {"id": port_backend(port)})
         await self._qmp.unplug(port_device(port), timeout=_UNPLUG_DEADLINE)
         del self._nics[device]
