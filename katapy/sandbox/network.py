@@ -19,7 +19,7 @@ from katapy.interfaces import Network
 from katapy.network.pod import QUEUES_MAX, Change, Helper, PodNetwork, Settings, close_nic
 from katapy.sandbox.container import Container
 from katapy.sandbox.machine import Machine
-from katapy.sandbox.resolver import find_resolver, relay
+from katapy.sandbox.resolver import find_resolver, open_resolv_conf, relay
 from katapy.timing import phase
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class SandboxNetwork:
         self._helper: Helper | None = None
         self._pod: PodNetwork | None = None
         self._relay: asyncio.Task[None] | None = None
+        self._resolv_conf: int | None = None
         self._nics: Sequence[Nic] = ()
         self._settings = settings(config, container.bundle.spec.annotations, vcpus=vcpus)
         self._namespace = container.bundle.spec.linux.namespace("network")
@@ -66,14 +67,16 @@ class SandboxNetwork:
         await ready
         if self._helper is None:
             return ()
+        # Before there is a guest that could put something else in its place.
+        self._resolv_conf = open_resolv_conf(self._container.bundle.spec)
         namespace = self._open_namespace()
-        helper, self._helper = self._helper, None
         try:
             if self._namespace is not None and self._namespace.path:
                 self._container.record.network(self._namespace.path)
             self._pod = PodNetwork(namespace, self._settings)
         finally:
             os.close(namespace)
+        helper, self._helper = self._helper, None
         with phase("connect the network"):
             self._nics = await self._pod.connect(helper)
         return self._nics
@@ -102,16 +105,9 @@ class SandboxNetwork:
 
     async def follow(self, machine: Machine) -> None:
         """Keep the VM's network like the namespace's, for as long as the machine runs."""
-        if self._pod is None:
+        pod = self._pod
+        if pod is None:
             return
-        try:
-            await self._follow(machine, self._pod)
-        finally:
-            if self._relay is not None:
-                self._relay.cancel()
-                await asyncio.wait([self._relay])
-
-    async def _follow(self, machine: Machine, pod: PodNetwork) -> None:
         before = pod.network
         async for change in pod.changes():
             try:
@@ -130,9 +126,9 @@ class SandboxNetwork:
     async def resolve(self, machine: Machine) -> None:
         """Relay name queries, where a resolver of the namespace's loopback is to be asked."""
         pod = self._pod
-        if pod is None or pod.datagrams is None or self._relay is not None:
+        if pod is None or pod.datagrams is None or self._relay is not None or self._resolv_conf is None:
             return
-        address = await asyncio.to_thread(find_resolver, self._container.bundle.spec)
+        address = find_resolver(self._resolv_conf)
         if not address:
             return
         try:
@@ -162,6 +158,12 @@ class SandboxNetwork:
         if helper is not None:
             await helper.close()
         self.plugged()
+        if self._relay is not None:
+            self._relay.cancel()
+            await asyncio.wait([self._relay])
+        if self._resolv_conf is not None:
+            os.close(self._resolv_conf)
+            self._resolv_conf = None
         if self._pod is not None:
             with phase("leave the network"):
                 self._pod.close()
@@ -169,7 +171,10 @@ class SandboxNetwork:
 
 async def _relay(stream: socket.socket, datagrams: socket.socket, address: str) -> None:
     with stream:
-        await relay(stream, datagrams, address)
+        try:
+            await relay(stream, datagrams, address)
+        except OSError as error:
+            log.warning("cannot relay name queries to %s: %s", address, error.strerror)
 
 
 def settings(config: Config, annotations: Mapping[str, str], *, vcpus: int) -> Settings:

@@ -24,18 +24,19 @@ _LENGTH: Final = struct.Struct("!H")
 _MESSAGE_MAX: Final = 65535
 
 
-def find_resolver(spec: Spec) -> str:
-    """Return the first IPv4 address of the loopback that the engine's resolv.conf names; empty where there is none.
-
-    That file is one of the host's, which the engine mounts.
-    """
+def open_resolv_conf(spec: Spec) -> int | None:
+    """Return a descriptor of the resolv.conf that the engine mounts, a file of the host's; None where there is none."""
     sources = [bind.source for bind in spec.bind_mounts if bind.destination == _RESOLV_CONF]
-    if not sources:
-        return ""
     try:
-        fd = os.open(sources[-1], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
-            text = file.read(_RESOLV_CONF_MAX).decode(errors="replace")
+        return os.open(sources[-1], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if sources else None
+    except OSError:
+        return None
+
+
+def find_resolver(resolv_conf: int) -> str:
+    """Return the first IPv4 address of the loopback that a resolv.conf, now, names; empty where there is none."""
+    try:
+        text = os.pread(resolv_conf, _RESOLV_CONF_MAX, 0).decode(errors="replace")
     except OSError:
         return ""
     for line in text.splitlines():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -13,7 +14,7 @@ import pytest
 
 from katapy.oci.default import default_spec
 from katapy.oci.spec import Spec, parse_spec
-from katapy.sandbox.resolver import find_resolver, relay
+from katapy.sandbox.resolver import find_resolver, open_resolv_conf, relay
 
 SECONDS = 30.0
 
@@ -25,6 +26,17 @@ def spec(*sources: Path) -> Spec:
         for source in sources
     ]
     return parse_spec(json.dumps(document).encode(), bundle="/bundle")
+
+
+def found(*sources: Path) -> str:
+    """Return the resolver of a container with these files as its resolv.conf."""
+    fd = open_resolv_conf(spec(*sources))
+    if fd is None:
+        return ""
+    try:
+        return find_resolver(fd)
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.parametrize(
@@ -41,19 +53,37 @@ def spec(*sources: Path) -> Spec:
 def test_the_resolver_of_a_resolv_conf(tmp_path: Path, text: str, address: str) -> None:
     path = tmp_path / "resolv.conf"
     path.write_text(text, encoding="latin-1")
-    assert find_resolver(spec(path)) == address
+    assert found(path) == address
 
 
 def test_the_last_mount_counts(tmp_path: Path) -> None:
     for name in ("127.0.0.1", "127.0.0.2"):
         (tmp_path / name).write_text(f"nameserver {name}\n")
-    assert find_resolver(spec(tmp_path / "127.0.0.1", tmp_path / "127.0.0.2")) == "127.0.0.2"
+    assert found(tmp_path / "127.0.0.1", tmp_path / "127.0.0.2") == "127.0.0.2"
 
 
 def test_a_file_that_cannot_be_read_names_nothing(tmp_path: Path) -> None:
-    assert find_resolver(spec()) == ""
-    assert find_resolver(spec(tmp_path / "missing")) == ""
-    assert find_resolver(spec(tmp_path)) == ""
+    assert found() == ""
+    assert found(tmp_path / "missing") == ""
+    assert found(tmp_path) == ""
+
+
+def test_what_is_put_in_a_file_s_place_is_not_followed(tmp_path: Path) -> None:
+    """A guest may own the directory; what the engine writes into the file counts."""
+    path, secret = tmp_path / "resolv.conf", tmp_path / "secret"
+    path.write_text("nameserver 10.0.0.1\n")
+    secret.write_text("nameserver 127.0.0.9\n")
+    fd = open_resolv_conf(spec(path))
+    assert fd is not None
+    try:
+        assert find_resolver(fd) == ""
+        path.write_text("nameserver 127.0.0.11\n")
+        assert find_resolver(fd) == "127.0.0.11"
+        path.unlink()
+        path.symlink_to(secret)
+        assert find_resolver(fd) == "127.0.0.11"
+    finally:
+        os.close(fd)
 
 
 @pytest.fixture
