@@ -11,19 +11,32 @@ import ctypes
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_bundle, make_busybox
+
+if TYPE_CHECKING:
+    from containerd_daemon import Containerd
+    from cri import Cri
 
 _GONE_WITHIN = 10.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 # Those of templates say for themselves how their VMs start; of engines one is enough, since all call the same.
-_STARTS_OF_THEIR_OWN = ("test_restored.py", "test_containerd.py", "test_cri.py", "test_docker.py")
+_STARTS_OF_THEIR_OWN = (
+    "test_restored.py",
+    "test_containerd.py",
+    "test_containerd_kills.py",
+    "test_cri.py",
+    "test_cri_kills.py",
+    "test_docker.py",
+)
 _COLD = "[hypervisor]\ntemplate = false\n"
 
 
@@ -147,6 +160,37 @@ def katapy(tmp_path: Path, host: None) -> Iterator[Katapy]:
             print(f"--- {log}\n{log.read_text(errors='replace')}")
         runner("delete", "--force", name)
     assert not left, "state left behind"
+
+
+@pytest.fixture(scope="module")
+def cri_daemon(busybox: Path) -> Iterator[Containerd]:
+    """A containerd with its CRI plugin, in a network namespace of its own."""
+    from cri import start_plugin
+
+    with tempfile.TemporaryDirectory(prefix="katapy-") as name, start_plugin(Path(name), busybox) as containerd:
+        yield containerd
+
+
+@pytest.fixture(scope="session")
+def cri_messages(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """What the CRI's clients say, generated once."""
+    from cri import load_messages
+
+    return load_messages(tmp_path_factory.mktemp("cri"))
+
+
+@pytest.fixture
+def cri(cri_daemon: Containerd, cri_messages: object, host: None) -> Iterator[Cri]:
+    """A client of the CRI plugin; afterwards there is no pod, and nothing of one."""
+    from cri import start_client
+
+    known = descendants()
+    with start_client(cri_daemon, cri_messages) as client:
+        yield client
+    assert list(cri_daemon.root.iterdir()) == [], "state left behind"
+    deadline = time.monotonic() + DEADLINE
+    while left := [name for pid, name in descendants().items() if pid not in known and "shim" in name]:
+        assert time.monotonic() < deadline, left
 
 
 @pytest.fixture(scope="session")

@@ -6,16 +6,24 @@ The messages are generated from cri.proto when a test needs them.
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+from containerd_daemon import CTR, IMAGE, Containerd, start_containerd, write_image
 from harness import DEADLINE
 
+INSTALLED = CTR.exists() and Path("/usr/lib/cni/ptp").exists()
 HANDLER = "katapy"
+RUNNING, EXITED = 1, 2
+SLEEP = ("sleep", "1000")
 PAUSE = "localhost/pause:test"
 CONFIG = """
 version = 2
@@ -37,6 +45,8 @@ conf_dir = "{directory}/cni"
 default_runtime_name = "%(handler)s"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.%(handler)s]
 runtime_type = "io.containerd.katapy.v2"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
 """ % {"pause": PAUSE, "handler": HANDLER}  # noqa: UP031 - braces are for the directory
 NETWORK = """{{
   "cniVersion": "0.4.0", "name": "katapy-test",
@@ -46,6 +56,63 @@ NETWORK = """{{
     }}}}
   ]
 }}"""
+
+
+@contextmanager
+def start_plugin(directory: Path, rootfs: Path) -> Iterator[Containerd]:
+    """Run a daemon with the plugin, in a network namespace of its own, as ``start_containerd`` does."""
+    with _own_network() as network:
+        (directory / "cni").mkdir()
+        (directory / "cni/10-test.conflist").write_text(NETWORK.format(directory=directory))
+        with start_containerd(directory, rootfs, CONFIG, network=network, namespace="k8s.io") as containerd:
+            write_image(directory / "pause.tar", rootfs, PAUSE, SLEEP)
+            containerd("images", "import", "--no-unpack", directory / "pause.tar")
+            yield containerd
+
+
+@contextmanager
+def start_client(daemon: Containerd, messages: Any) -> Iterator[Cri]:
+    """Connect to the plugin."""
+    with grpc.insecure_channel(f"unix://{daemon.directory}/containerd.sock") as channel:
+        yield Cri(channel, messages, IMAGE)
+
+
+@contextmanager
+def pod(cri: Cri, tmp_path: Path, name: str = "p1", config: Any = None) -> Iterator[tuple[str, Any]]:
+    """Run a pod while the context lasts; yield its id and its configuration."""
+    config = config or cri.pod_config(name, tmp_path)
+    sandbox = cri.run_pod(config)
+    try:
+        yield sandbox, config
+    finally:
+        cri.pod("StopPodSandbox", sandbox)
+        cri.pod("RemovePodSandbox", sandbox)
+
+
+def state(cri: Cri, container: str) -> tuple[int, int]:
+    """Return a container's state and exit code."""
+    found = cri.container("ContainerStatus", container).status
+    return found.state, found.exit_code
+
+
+def await_true(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@contextmanager
+def _own_network() -> Iterator[str]:
+    """Have a network namespace, so that what CNI makes is not the host's, and yield its name."""
+    name = f"katapy-cri-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
 def load_messages(directory: Path) -> Any:
@@ -92,26 +159,33 @@ class Cri:
             ),
         )
 
-    def run_pod(self, config: Any) -> str:
+    def run_pod(self, config: Any, handler: str = HANDLER) -> str:
         """Start a pod and return its id."""
-        request = self.messages.RunPodSandboxRequest(config=config, runtime_handler=HANDLER)
+        request = self.messages.RunPodSandboxRequest(config=config, runtime_handler=handler)
         return str(self.call("RunPodSandbox", request).pod_sandbox_id)
 
     def pod(self, method: str, pod: str) -> Any:
         """Make a call that is about a pod."""
         return self.call(method, self.messages.PodSandboxRequest(pod_sandbox_id=pod))
 
-    def create(self, pod: str, config: Any, name: str, command: Sequence[str], memory: int = 0) -> str:
-        """Create a container in a pod and return its id."""
+    def create(
+        self, pod: str, config: Any, name: str, command: Sequence[str], memory: int = 0, mounts: Sequence[str] = ()
+    ) -> str:
+        """Create a container in a pod and return its id; ``mounts`` are of the host's, /usr:/usr, to be read."""
         pb = self.messages
+        pid = config.linux.security_context.namespace_options.pid
         container = pb.ContainerConfig(
             metadata=pb.ContainerMetadata(name=name),
             image=pb.ImageSpec(image=self.image),
             command=command,
             log_path=f"{name}.log",
+            mounts=[
+                pb.Mount(host_path=source, container_path=place, readonly=True)
+                for source, _, place in (mount.partition(":") for mount in mounts)
+            ],
             linux=pb.LinuxContainerConfig(
                 resources=pb.LinuxContainerResources(memory_limit_in_bytes=memory),
-                security_context=pb.LinuxContainerSecurityContext(namespace_options=pb.NamespaceOption(pid=1)),
+                security_context=pb.LinuxContainerSecurityContext(namespace_options=pb.NamespaceOption(pid=pid)),
             ),
         )
         request = pb.CreateContainerRequest(pod_sandbox_id=pod, config=container, sandbox_config=config)
@@ -121,9 +195,11 @@ class Cri:
         """Make a call that is about a container."""
         return self.call(method, self.messages.ContainerRequest(container_id=container))
 
-    def start(self, pod: str, config: Any, name: str, *command: str, memory: int = 0) -> str:
+    def start(
+        self, pod: str, config: Any, name: str, *command: str, memory: int = 0, mounts: Sequence[str] = ()
+    ) -> str:
         """Run a container in a pod and return its id."""
-        container = self.create(pod, config, name, command, memory)
+        container = self.create(pod, config, name, command, memory, mounts)
         self.container("StartContainer", container)
         return container
 

@@ -2,93 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import pytest
-from containerd_daemon import CTR, IMAGE, Containerd, start_containerd, write_image
-from cri import CONFIG, NETWORK, PAUSE, Cri, load_messages
-from harness import DEADLINE, descendants
+from containerd_daemon import Containerd
+from cri import EXITED, INSTALLED, RUNNING, SLEEP, Cri, await_true, pod, state
 
-pytestmark = pytest.mark.skipif(
-    not (CTR.exists() and Path("/usr/lib/cni/ptp").exists()), reason="containerd or CNI's plugins are not installed"
-)
-SLEEP = ("sleep", "1000")
-RUNNING, EXITED = 1, 2
+from katapy.cgroups.limits import pod_memory
 
-
-@contextmanager
-def own_network() -> Iterator[str]:
-    """Have a network namespace, so that what CNI makes is not the host's, and yield its name."""
-    name = f"katapy-cri-{os.getpid()}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
-        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-        yield name
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
-
-
-@pytest.fixture(scope="module")
-def daemon(busybox: Path) -> Iterator[Containerd]:
-    """A daemon with the plugin, in a network namespace of its own."""
-    with tempfile.TemporaryDirectory(prefix="katapy-") as name, own_network() as network:
-        directory = Path(name)
-        (directory / "cni").mkdir()
-        (directory / "cni/10-test.conflist").write_text(NETWORK.format(directory=directory))
-        with start_containerd(directory, busybox, CONFIG, network=network, namespace="k8s.io") as containerd:
-            write_image(directory / "pause.tar", busybox, PAUSE, SLEEP)
-            containerd("images", "import", "--no-unpack", directory / "pause.tar")
-            yield containerd
-
-
-@pytest.fixture(scope="module")
-def messages(tmp_path_factory: pytest.TempPathFactory) -> object:
-    return load_messages(tmp_path_factory.mktemp("cri"))
-
-
-@pytest.fixture
-def cri(daemon: Containerd, messages: object, host: None) -> Iterator[Cri]:
-    """A client; afterwards there is no pod, and nothing of one."""
-    known = descendants()
-    with grpc.insecure_channel(f"unix://{daemon.directory}/containerd.sock") as channel:
-        yield Cri(channel, messages, IMAGE)
-    assert list(daemon.root.iterdir()) == [], "state left behind"
-    deadline = time.monotonic() + DEADLINE
-    while left := [name for pid, name in descendants().items() if pid not in known and "shim" in name]:
-        assert time.monotonic() < deadline, left
-
-
-@contextmanager
-def pod(cri: Cri, tmp_path: Path, name: str = "p1") -> Iterator[tuple[str, object]]:
-    """Run a pod while the context lasts; yield its id and its configuration."""
-    config = cri.pod_config(name, tmp_path)
-    sandbox = cri.run_pod(config)
-    try:
-        yield sandbox, config
-    finally:
-        cri.pod("StopPodSandbox", sandbox)
-        cri.pod("RemovePodSandbox", sandbox)
-
-
-def await_true(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def state(cri: Cri, container: str) -> tuple[int, int]:
-    """Return a container's state and exit code."""
-    found = cri.container("ContainerStatus", container).status
-    return found.state, found.exit_code
+pytestmark = pytest.mark.skipif(not INSTALLED, reason="containerd or CNI's plugins are not installed")
 
 
 def test_a_pod_s_life(cri: Cri, tmp_path: Path) -> None:
@@ -150,13 +75,102 @@ def test_memory_limits(cri: Cri, tmp_path: Path) -> None:
         assert (found.exit_code, found.reason) == (137, "OOMKilled")
 
 
-def test_killed_shim(cri: Cri, daemon: Containerd, tmp_path: Path) -> None:
+def test_killed_shim(cri: Cri, cri_daemon: Containerd, tmp_path: Path) -> None:
     """All of the pod has ended, and can be removed; another pod never notices."""
     with pod(cri, tmp_path, "p2") as (other, config):
         witness = cri.start(other, config, "c1", *SLEEP)
         with pod(cri, tmp_path) as (sandbox, config):
             containers = [cri.start(sandbox, config, name, *SLEEP) for name in ("c2", "c3")]
-            os.kill(daemon.shim(sandbox), signal.SIGKILL)
+            os.kill(cri_daemon.shim(sandbox), signal.SIGKILL)
             for container in containers:
                 await_true(lambda container=container: state(cri, container)[0] == EXITED)  # type: ignore[misc]
         assert cri.execute(witness, "echo", "alive")[1] == "alive\n"
+
+
+PYTHON = ("/usr:/usr", "/usr/lib:/lib", "/usr/lib64:/lib64")
+# Each of the two waits for the other's number in a mapping that both hold open all the time.
+PING_PONG = """
+import mmap, os, sys
+mine, other = int(sys.argv[1]), int(sys.argv[2])
+fd = os.open("/dev/shm/table", os.O_RDWR | os.O_CREAT, 0o666)
+os.ftruncate(fd, mmap.PAGESIZE)
+table = mmap.mmap(fd, mmap.PAGESIZE)
+for number in range(1, 101):
+    if mine:
+        while table[other] != number:
+            os.sched_yield()
+    table[mine] = number
+    if not mine:
+        while table[other] != number:
+            os.sched_yield()
+print("done", flush=True)
+"""
+SEGMENT = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.shmget(0x6b61, 4096, 0o1666) >= 0, flush=True)
+"""
+
+
+def test_what_the_containers_of_a_pod_share(cri: Cri, tmp_path: Path) -> None:
+    """Memory, POSIX and System V, as if they were on one machine; their processes, where the pod says so; its name.
+
+    A /dev/shm that was the host's directory showed each container what the other had mapped as it had been before.
+    """
+    config = cri.pod_config("p1", tmp_path)
+    config.linux.security_context.namespace_options.pid = 0
+    with pod(cri, tmp_path, config=config) as (sandbox, config):
+        first = cri.start(sandbox, config, "c1", "/usr/bin/python3", "-IS", "-c", PING_PONG, "0", "1", mounts=PYTHON)
+        second = cri.start(sandbox, config, "c2", *SLEEP, mounts=PYTHON)
+        await_true(lambda: cri.execute(second, "ls", "/dev/shm")[1] == "table\n")
+        assert cri.execute(second, "/usr/bin/python3", "-IS", "-c", PING_PONG, "1", "0") == (0, "done\n", "")
+        await_true(lambda: state(cri, first) == (EXITED, 0))
+        size = cri.execute(second, "df", "-k", "/dev/shm")[1].splitlines()[1].split()
+        assert (size[0], size[1]) == ("shm", "65536")
+
+        assert cri.execute(second, "/usr/bin/python3", "-IS", "-c", SEGMENT)[1] == "True\n"
+        third = cri.start(sandbox, config, "c3", *SLEEP)
+        assert f" {0x6B61} " in cri.execute(third, "cat", "/proc/sysvipc/shm")[1]
+        assert cri.execute(third, "cat", "/dev/shm/table")[0] == 0
+        assert cri.execute(third, "hostname")[1] == "p1\n"
+        commands = cri.execute(third, "ps", "-o", "args")[1].splitlines()
+        # The pod's own, which is init, and two of them.
+        assert commands.count("sleep 1000") == 3
+    assert list((tmp_path).glob("**/table")) == []
+
+
+def test_the_size_of_a_pod(cri: Cri, cri_daemon: Containerd, tmp_path: Path) -> None:
+    """What its containers need together, which is known when it is made; and the host holds all of it to that."""
+    pb = cri.messages
+    config = cri.pod_config("p1", tmp_path)
+    config.linux.cgroup_parent = f"/katapy-pods-{os.getpid()}/pod1"
+    resources = {"cpu_period": 100_000, "cpu_quota": 150_000, "cpu_shares": 512, "memory_limit_in_bytes": 200 << 20}
+    config.linux.resources.CopyFrom(pb.LinuxContainerResources(**resources))
+    config.linux.overhead.CopyFrom(pb.LinuxContainerResources(memory_limit_in_bytes=320 << 20))
+    with pod(cri, tmp_path, config=config) as (sandbox, config):
+        container = cri.start(sandbox, config, "c1", *SLEEP, memory=200 << 20)
+        assert cri.execute(container, "nproc")[1] == "2\n"
+        total = int(cri.execute(container, "awk", "/MemTotal/ {print $2}", "/proc/meminfo")[1]) << 10
+        assert 270 << 20 < total <= 328 << 20
+        change = pb.LinuxContainerResources(cpu_quota=50_000, cpu_period=100_000)
+        cri.call("UpdateContainerResources", pb.UpdateContainerResourcesRequest(container_id=container, linux=change))
+        assert cri.execute(container, "cat", "/sys/fs/cgroup/cpu.max")[1] == "50000 100000\n"
+
+        saved = json.loads((cri_daemon.root / sandbox / "state.json").read_text())
+        places = {name: Path(place) for name, place in saved["cgroup"]["paths"].items()}
+        assert all(str(place).endswith(f"{config.linux.cgroup_parent}/{sandbox}") for place in places.values())
+        processes = {saved["shim"]["pid"], *(helper["pid"] for helper in saved["helpers"])}
+        assert len(processes) >= 3
+        for place in places.values():
+            assert processes <= set(map(int, (place / "cgroup.procs").read_text().split()))
+        limit = int(_limit(places, "memory", "memory.max", "memory.limit_in_bytes"))
+        assert limit == pod_memory(328 << 20, emulated=saved["accelerator"] == "tcg")
+        assert _limit(places, "cpu", "cpu.weight", "cpu.shares") in ("20", "512")
+
+
+def _limit(places: dict[str, Path], controller: str, v2: str, v1: str) -> str:
+    """Return a limit of the pod's cgroup, in whichever hierarchy this host has its controller."""
+    for name, place in places.items():
+        if controller in name.split(","):
+            return (place / v1).read_text().strip()
+    return (places["unified"] / v2).read_text().strip()
