@@ -35,6 +35,7 @@ class Signals:
     def __init__(self, sandbox_id: str, containers: Mapping[str, Container]) -> None:
         self._sandbox_id, self._containers = sandbox_id, containers
         self._tasks: set[asyncio.Task[None]] = set()
+        self._awaited: set[str] = set()  # ids of containers whose end is seen to
 
     async def send(self, machine: Machine, process: GuestProcess, number: int, *, everyone: bool) -> None:
         """Send a signal to a process, or to ``everyone`` in its container.
@@ -64,8 +65,8 @@ class Signals:
         except (Timeout, Unavailable) as error:
             self._end(machine, f"it was to kill {container.id}, and does not answer: {error}")
             return
-        if not container.killed:
-            container.killed = True
+        container.killed = True
+        if container.id not in self._awaited:
             self._own(self._make_sure(machine, container), f"see {container.id} end")
 
     async def close(self) -> None:
@@ -76,6 +77,7 @@ class Signals:
             await asyncio.wait(set(self._tasks))
 
     async def _make_sure(self, machine: Machine, container: Container) -> None:
+        self._awaited.add(container.id)
         try:
             async with asyncio.timeout(_END_SECONDS):
                 await container.init.exited.wait()
@@ -85,6 +87,8 @@ class Signals:
                 self._end(machine, text)
             else:
                 log.warning("%s, and its VM has others to serve", text)
+        finally:
+            self._awaited.discard(container.id)
 
     def _others(self, container: Container) -> list[str]:
         """Return the containers that are wanted beside this one; the sandbox's own is there for these."""

@@ -163,6 +163,38 @@ def katapy(tmp_path: Path, host: None) -> Iterator[Katapy]:
 
 
 @pytest.fixture(scope="module")
+def ctr_daemon(busybox: Path) -> Iterator[Containerd]:
+    """A containerd with an image."""
+    from containerd_daemon import IMAGE, start_containerd
+
+    with (
+        tempfile.TemporaryDirectory(prefix="katapy-") as name,
+        start_containerd(Path(name), busybox) as containerd,
+    ):
+        # What unpacking an image starts and mounts is not a test's.
+        containerd.run("--rm", IMAGE, "first", "true")
+        yield containerd
+
+
+@pytest.fixture
+def containerd(ctr_daemon: Containerd, host: None) -> Iterator[Containerd]:
+    """A containerd; afterwards it has no container, and the shims have left nothing."""
+    from ctr import sockets
+
+    daemon = ctr_daemon
+    yield daemon
+    left = daemon("containers", "ls", "--quiet").out.split()
+    for name in left:
+        daemon("task", "kill", "--signal", "KILL", name, check=False)
+        daemon("task", "rm", "--force", name, check=False)
+        daemon("containers", "rm", name, check=False)
+    assert not left, "containers left behind"
+    assert list(daemon.root.iterdir()) == [], "state left behind"
+    assert sockets(daemon) == [], "sockets left behind"
+    assert list((daemon.directory / "state/io.containerd.runtime.v2.task/default").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
 def cri_daemon(busybox: Path) -> Iterator[Containerd]:
     """A containerd with its CRI plugin, in a network namespace of its own."""
     from cri import start_plugin

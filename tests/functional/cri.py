@@ -9,7 +9,6 @@ import importlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,14 +92,6 @@ def state(cri: Cri, container: str) -> tuple[int, int]:
     """Return a container's state and exit code."""
     found = cri.container("ContainerStatus", container).status
     return found.state, found.exit_code
-
-
-def await_true(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @contextmanager

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
 from containerd_daemon import Containerd
-from cri import EXITED, INSTALLED, RUNNING, SLEEP, Cri, await_true, pod, state
+from cri import EXITED, INSTALLED, RUNNING, SLEEP, Cri, pod, state
+from harness import await_true
 
 from katapy.cgroups.limits import pod_memory
 
@@ -156,7 +156,7 @@ def test_the_size_of_a_pod(cri: Cri, cri_daemon: Containerd, tmp_path: Path) -> 
         cri.call("UpdateContainerResources", pb.UpdateContainerResourcesRequest(container_id=container, linux=change))
         assert cri.execute(container, "cat", "/sys/fs/cgroup/cpu.max")[1] == "50000 100000\n"
 
-        saved = json.loads((cri_daemon.root / sandbox / "state.json").read_text())
+        saved = cri_daemon.saved(sandbox)
         places = {name: Path(place) for name, place in saved["cgroup"]["paths"].items()}
         assert all(str(place).endswith(f"{config.linux.cgroup_parent}/{sandbox}") for place in places.values())
         processes = {saved["shim"]["pid"], *(helper["pid"] for helper in saved["helpers"])}
