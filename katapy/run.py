@@ -24,8 +24,9 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     "LC_ALL": "C.UTF-8",
 }
 SETPRIV: Final = "/usr/bin/setpriv"
-# Between fork and PR_SET_PDEATHSIG the end of the owner goes unnoticed: then somebody else is the parent by now.
-_UNLESS_ORPHAN: Final = ("/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"')
+# Between fork and PR_SET_PDEATHSIG the end of the owner goes unnoticed: then somebody else is the parent by now. The
+# first process of a PID namespace sees no parent, 0: only stand-ins are that, and their shim's socket tells them.
+_UNLESS_ORPHAN: Final = ("/bin/sh", "-c", 'case $PPID in "$0" | 0) exec "$@" ;; esac')
 # A process stuck in the kernel does not see even SIGKILL. It must not hold up the end of everything else.
 _KILL_SECONDS: Final = 10.0
 

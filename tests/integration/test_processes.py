@@ -86,7 +86,7 @@ def test_an_owner_that_is_killed_before_the_kernel_knows_whom_to_kill(tmp_path: 
     setpriv.write_text(f"""#!/bin/sh
         owner=$PPID
         kill -KILL $owner
-        while [ -e /proc/$owner/exe ]; do :; done
+        until grep -q '^State:.Z' /proc/$owner/status; do :; done
         exec {run.SETPRIV} "$@"
     """)
     setpriv.chmod(0o755)
