@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 _REMOVE_DEADLINE: Final = 10.0
 _DESTROY_DEADLINE: Final = 10.0
 # Engines ask for those of all containers one after the other: one pod is not to hold up what is known of the others.
-_STATS_DEADLINE: Final = 5.0
+_STATS_DEADLINE: Final = 3.0
 # What a process has written may still be on its way to a slow reader when the container is deleted.
 _DRAIN_DEADLINE: Final = 10.0
 _KILLED: Final = 128 + signal.SIGKILL

@@ -60,7 +60,7 @@ NETWORK = """{{
 @contextmanager
 def start_plugin(directory: Path, rootfs: Path) -> Iterator[Containerd]:
     """Run a daemon with the plugin, in a network namespace of its own, as ``start_containerd`` does."""
-    with _own_network() as network:
+    with own_network() as network:
         (directory / "cni").mkdir()
         (directory / "cni/10-test.conflist").write_text(NETWORK.format(directory=directory))
         with start_containerd(directory, rootfs, CONFIG, network=network, namespace="k8s.io") as containerd:
@@ -95,7 +95,7 @@ def state(cri: Cri, container: str) -> tuple[int, int]:
 
 
 @contextmanager
-def _own_network() -> Iterator[str]:
+def own_network() -> Iterator[str]:
     """Have a network namespace, so that what CNI makes is not the host's, and yield its name."""
     name = f"katapy-cri-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", name], check=True)
@@ -158,6 +158,11 @@ class Cri:
     def pod(self, method: str, pod: str) -> Any:
         """Make a call that is about a pod."""
         return self.call(method, self.messages.PodSandboxRequest(pod_sandbox_id=pod))
+
+    def pods(self) -> dict[str, str]:
+        """Return the ids of all pods, by their names."""
+        found = self.call("ListPodSandbox", self.messages.Empty())
+        return {item.metadata.name: item.id for item in found.items}
 
     def create(
         self, pod: str, config: Any, name: str, command: Sequence[str], memory: int = 0, mounts: Sequence[str] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -32,9 +32,11 @@ def test_a_pod_s_life(cri: Cri, tmp_path: Path) -> None:
         await_true(lambda: len((tmp_path / "other.log").read_text().splitlines()) == 2)
         logged = [line.split(" ", 1)[1] for line in (tmp_path / "other.log").read_text().splitlines()]
         assert sorted(logged) == ["stderr F err", "stdout F out"]
-        stats = cri.container("ContainerStats", web).stats
-        assert stats.memory.working_set_bytes.value > 1 << 16
-        assert stats.cpu.usage_core_nano_seconds.value > 0
+        everything = cri.call("ListContainerStats", cri.messages.ListContainerStatsRequest()).stats
+        assert {each.attributes.id for each in everything} == {web, other}
+        for stats in (cri.container("ContainerStats", web).stats, *everything):
+            assert stats.memory.working_set_bytes.value > 1 << 16
+            assert stats.cpu.usage_core_nano_seconds.value > 0
         cri.stop(other)
         assert state(cri, other) == (EXITED, 137)
         cri.container("RemoveContainer", other)
@@ -52,13 +54,34 @@ def test_a_container_that_is_started_again(cri: Cri, tmp_path: Path) -> None:
 
 
 def test_stop_takes_its_time(cri: Cri, tmp_path: Path) -> None:
-    """SIGTERM first; a program that heeds it ends with what it likes."""
+    """SIGTERM first; a program that heeds it ends with what it likes, and one that does not is killed in the end."""
     with pod(cri, tmp_path) as (sandbox, config):
+        deaf = cri.start(sandbox, config, "c2", "sh", "-c", "trap '' TERM; echo ready; while true; do sleep 0.1; done")
+        await_true(lambda: "ready" in (tmp_path / "c2.log").read_text())
+        began = time.monotonic()
+        cri.stop(deaf, 2)
+        assert 2 <= time.monotonic() - began < 10
+        assert state(cri, deaf) == (EXITED, 137)
         script = "trap 'exit 5' TERM; echo ready; while true; do sleep 0.1; done"
         container = cri.start(sandbox, config, "c1", "sh", "-c", script)
         await_true(lambda: "ready" in (tmp_path / "c1.log").read_text())
         cri.stop(container, 30)
         assert state(cri, container) == (EXITED, 5)
+
+
+def test_a_log_that_is_rotated(cri: Cri, tmp_path: Path) -> None:
+    """What comes after the kubelet has said so is in the new file, and nothing is lost between the two."""
+    count = "i=0; while true; do i=$((i+1)); echo $i; sleep 0.02; done"
+    with pod(cri, tmp_path) as (sandbox, config):
+        container = cri.start(sandbox, config, "c1", "sh", "-c", count)
+        log, old = tmp_path / "c1.log", tmp_path / "c1.log.1"
+        await_true(lambda: len(log.read_text().splitlines()) > 5)
+        log.rename(old)
+        cri.container("ReopenContainerLog", container)
+        await_true(lambda: len(log.read_text().splitlines()) > 5)
+        cri.stop(container)
+    numbers = [line.split()[-1] for path in (old, log) for line in path.read_text().splitlines()]
+    assert numbers == [str(number + 1) for number in range(len(numbers))]
 
 
 def test_memory_limits(cri: Cri, tmp_path: Path) -> None:
@@ -73,18 +96,6 @@ def test_memory_limits(cri: Cri, tmp_path: Path) -> None:
         await_true(lambda: state(cri, hungry)[0] == EXITED)
         found = cri.container("ContainerStatus", hungry).status
         assert (found.exit_code, found.reason) == (137, "OOMKilled")
-
-
-def test_killed_shim(cri: Cri, cri_daemon: Containerd, tmp_path: Path) -> None:
-    """All of the pod has ended, and can be removed; another pod never notices."""
-    with pod(cri, tmp_path, "p2") as (other, config):
-        witness = cri.start(other, config, "c1", *SLEEP)
-        with pod(cri, tmp_path) as (sandbox, config):
-            containers = [cri.start(sandbox, config, name, *SLEEP) for name in ("c2", "c3")]
-            os.kill(cri_daemon.shim(sandbox), signal.SIGKILL)
-            for container in containers:
-                await_true(lambda container=container: state(cri, container)[0] == EXITED)  # type: ignore[misc]
-        assert cri.execute(witness, "echo", "alive")[1] == "alive\n"
 
 
 PYTHON = ("/usr:/usr", "/usr/lib:/lib", "/usr/lib64:/lib64")
@@ -155,6 +166,11 @@ def test_the_size_of_a_pod(cri: Cri, cri_daemon: Containerd, tmp_path: Path) -> 
         change = pb.LinuxContainerResources(cpu_quota=50_000, cpu_period=100_000)
         cri.call("UpdateContainerResources", pb.UpdateContainerResourcesRequest(container_id=container, linux=change))
         assert cri.execute(container, "cat", "/sys/fs/cgroup/cpu.max")[1] == "50000 100000\n"
+
+        # The plugin reads them of the cgroup around the pod's own: VM and helpers, not the containers alone.
+        whole = cri.pod("PodSandboxStats", sandbox).stats.linux
+        assert whole.memory.working_set_bytes.value > 64 << 20
+        assert [each.attributes.id for each in whole.containers] == [container]
 
         saved = cri_daemon.saved(sandbox)
         places = {name: Path(place) for name, place in saved["cgroup"]["paths"].items()}
