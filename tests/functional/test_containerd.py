@@ -290,6 +290,35 @@ def test_containerd_is_started_again(busybox: Path, host: None) -> None:
         assert written == [str(number + 1) for number in range(len(written))]
 
 
+LOGGER = """#!/bin/sh
+echo "$CONTAINER_ID $CONTAINER_NAMESPACE $1 $(ls /proc/$$/fd | wc -l)" > "$2.who"
+exec 5>&-
+cat <&3 > "$2.out" &
+cat <&4 > "$2.err"
+wait
+sleep 0.3
+echo done >> "$2.who"
+"""
+
+
+def test_a_logging_program(containerd: Containerd, tmp_path: Path) -> None:
+    """It has all of what was written when the task is removed, and has ended by then."""
+    logger = tmp_path / "logger"
+    logger.write_text(LOGGER)
+    logger.chmod(0o755)
+    uri = f"binary://{logger}?to={tmp_path}/c1"
+    lines = "i=0; while [ $i -lt 5000 ]; do i=$((i+1)); echo $i; done"
+    with running(containerd, "c1", "sh", "-c", f"{lines}; echo err >&2; sleep 1000", options=("--log-uri", uri)):
+        await_true(lambda: (tmp_path / "c1.err").exists() and (tmp_path / "c1.err").read_text() == "err\n")
+    assert (tmp_path / "c1.out").read_text() == "".join(f"{number + 1}\n" for number in range(5000))
+    # Its streams, three, and the shell's own script; it is done.
+    assert re.fullmatch(r"c1 default to [789]\ndone\n", (tmp_path / "c1.who").read_text())
+    refused = containerd.run("--detach", "--log-uri", f"binary://{tmp_path}/nothing", IMAGE, "c1", "true", check=False)
+    assert "is missing or not executable" in refused.err
+    await_true(lambda: not list(containerd.root.iterdir()))
+    containerd("containers", "rm", "c1", check=False)
+
+
 def shim(*args: str, cwd: Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """Run the shim's program as engines do."""
     flags = ["-namespace", "default", "-address", f"{cwd}/containerd.sock", "-publish-binary", "/bin/true"]
