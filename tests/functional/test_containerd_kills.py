@@ -79,7 +79,8 @@ def strike(containerd: Containerd, victim: str, verb: str, moment: float) -> Non
 def do(containerd: Containerd, verb: str) -> None:
     """Do what is interrupted; whether it succeeds is the moment's affair."""
     if verb == "exec":
-        containerd("task", "exec", "--exec-id", "e1", "c1", "sleep", "1000", check=False)
+        # ctr may go on with a daemon that is started again, and hear of its end.
+        containerd("task", "exec", "--exec-id", "e1", "c1", "sleep", "5", check=False)
     elif verb == "stop":
         containerd("task", "kill", "--signal", "KILL", "c1", check=False)
         containerd("task", "rm", "c1", check=False)
