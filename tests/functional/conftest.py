@@ -103,7 +103,8 @@ def _left_cgroups(known: set[str]) -> set[str]:
     None of our processes is left when this is called. What others make is empty for a moment at each end.
     """
     deadline = time.monotonic() + _GONE_WITHIN
-    while left := {path for path in _cgroups() - known if _is_katapys(path) and not _in_use(path)}:
+    left = _cgroups() - known
+    while left := {path for path in left if _is_katapys(path) and not _in_use(path)}:
         if time.monotonic() > deadline:
             break
     return left
