@@ -1,0 +1,227 @@
+"""The guest's side of forwarded connections: to the loopback of either family, and bytes and ends both ways."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from typing import TypeVar
+
+import pytest
+from katapy_agent import forward
+from katapy_agent.errors import InvalidArgument, NotFound
+
+SECONDS = 30.0
+T = TypeVar("T")
+
+
+async def soon(work: Awaitable[T]) -> T:
+    return await asyncio.wait_for(work, SECONDS)
+
+
+def listener(family: int, address: str, port: int = 0) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind((address, port))
+        made.listen(128)
+        made.setblocking(False)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    """A listener of a container's, at 127.0.0.1 only."""
+    with listener(socket.AF_INET, "127.0.0.1") as made:
+        yield made
+
+
+@pytest.fixture
+def server6() -> Iterator[socket.socket]:
+    """One at ::1 only."""
+    try:
+        made = listener(socket.AF_INET6, "::1")
+    except OSError as error:
+        if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            pytest.skip("this kernel has no IPv6")
+        raise
+    with made:
+        yield made
+
+
+async def accepted(server: socket.socket) -> socket.socket:
+    connection, _ = await soon(asyncio.get_running_loop().sock_accept(server))
+    return connection
+
+
+async def send(end: socket.socket, data: bytes) -> None:
+    await soon(asyncio.get_running_loop().sock_sendall(end, data))
+
+
+async def receive(end: socket.socket) -> bytes:
+    """Return what comes next, or nothing at the end."""
+    return await soon(asyncio.get_running_loop().sock_recv(end, 1 << 16))
+
+
+async def everything(end: socket.socket) -> bytes:
+    data = b""
+    while more := await receive(end):
+        data += more
+    return data
+
+
+# -- the connection
+
+
+async def test_the_other_family_is_tried_where_nobody_listens(server: socket.socket, server6: socket.socket) -> None:
+    for each in (server, server6):
+        for ipv6 in (False, True):
+            with await soon(forward.connect(each.getsockname()[1], ipv6=ipv6)) as made, await accepted(each) as taken:
+                assert made.getpeername() == each.getsockname()
+                assert taken.getpeername() == made.getsockname()
+
+
+async def test_the_family_that_was_dialled_comes_first(server6: socket.socket) -> None:
+    port = server6.getsockname()[1]
+    with listener(socket.AF_INET, "127.0.0.1", port) as server:
+        for ipv6, expected in ((False, server), (True, server6)):
+            with await soon(forward.connect(port, ipv6=ipv6)) as made:
+                assert made.getpeername() == expected.getsockname()
+
+
+async def test_nobody_listens(server: socket.socket) -> None:
+    port = server.getsockname()[1]
+    server.close()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(NotFound, match=f"^cannot connect to port {port} of the loopback: connection refused$"):
+        await soon(forward.connect(port, ipv6=False))
+    assert os.listdir("/proc/self/fd") == before
+
+
+async def test_who_does_not_accept_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "_CONNECT_SECONDS", 0.05)
+    with listener(socket.AF_INET, "127.0.0.1") as full:
+        full.listen(0)
+        with socket.create_connection(full.getsockname()), pytest.raises(NotFound, match="timed out"):
+            await soon(forward.connect(full.getsockname()[1], ipv6=False))
+
+
+@pytest.mark.parametrize("port", [0, 1 << 16, (1 << 32) - 1])
+async def test_what_is_no_port(port: int) -> None:
+    with pytest.raises(InvalidArgument, match=f"not a port: {port}"):
+        await forward.connect(port, ipv6=False)
+
+
+# -- the relay
+
+
+@pytest.fixture
+async def ends(server: socket.socket) -> AsyncIterator[tuple[socket.socket, socket.socket]]:
+    """The host's end of a stream, and the server's of the connection; the relay between ends with them."""
+    host, stream = socket.socketpair()
+    for end in (host, stream):
+        end.setblocking(False)
+    connection = await soon(forward.connect(server.getsockname()[1], ipv6=False))
+    taken = await accepted(server)
+    task = asyncio.create_task(forward.relay(stream, connection))
+    yield host, taken
+    host.close()
+    taken.close()
+    await soon(task)
+    assert (stream.fileno(), connection.fileno()) == (-1, -1)
+
+
+Ends = tuple[socket.socket, socket.socket]
+
+
+async def test_large_data_go_both_ways_at_once(ends: Ends) -> None:
+    host, server = ends
+    there, back = bytes(range(256)) * 40_000, bytes(reversed(range(256))) * 40_000
+
+    async def one_side(end: socket.socket, data: bytes) -> bytes:
+        async def sending() -> None:
+            await send(end, data)
+            end.shutdown(socket.SHUT_WR)
+
+        received, _ = await asyncio.gather(everything(end), sending())
+        return received
+
+    assert list(await asyncio.gather(one_side(host, there), one_side(server, back))) == [back, there]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_each_direction_has_an_end_of_its_own(ends: Ends, first: int) -> None:
+    one, other = ends[first], ends[1 - first]
+    await send(one, b"question")
+    one.shutdown(socket.SHUT_WR)
+    assert await everything(other) == b"question"
+    await send(other, b"answer")
+    assert await receive(one) == b"answer"
+
+
+async def test_a_server_that_breaks_off_ends_the_stream(ends: Ends) -> None:
+    host, server = ends
+    await send(server, b"begun")
+    assert await receive(host) == b"begun"
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    server.close()
+    assert await everything(host) == b""
+
+
+async def test_a_host_that_has_gone_ends_the_connection(ends: Ends) -> None:
+    host, server = ends
+    host.close()
+    assert await everything(server) == b""
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        await send(server, bytes(64 << 20))
+
+
+async def test_who_does_not_read_stops_the_other_end_and_no_third(ends: Ends) -> None:
+    """What is under way is bounded: by the buffers of the two sockets, and one chunk."""
+    host, server = ends
+    flood = asyncio.create_task(send(server, bytes(64 << 20)))
+    other_host, other_stream = socket.socketpair()
+    for end in (other_host, other_stream):
+        end.setblocking(False)
+    with listener(socket.AF_INET, "127.0.0.1") as other_server:
+        connection = await soon(forward.connect(other_server.getsockname()[1], ipv6=False))
+        relay = asyncio.create_task(forward.relay(other_stream, connection))
+        with await accepted(other_server) as taken:
+            for number in range(100):
+                await send(other_host, b"%d" % number)
+                assert await receive(taken) == b"%d" % number
+        other_host.close()
+        await soon(relay)
+    assert not flood.done()
+    received = 0
+    while received < 64 << 20:
+        received += len(await receive(host))
+    await soon(flood)
+
+
+async def test_many_at_once(server: socket.socket) -> None:
+    """As many as the host allows, and their descriptors are all closed."""
+    before = os.listdir("/proc/self/fd")
+
+    async def one(number: int) -> None:
+        host, stream = socket.socketpair()
+        for end in (host, stream):
+            end.setblocking(False)
+        connection = await soon(forward.connect(server.getsockname()[1], ipv6=False))
+        relay = asyncio.create_task(forward.relay(stream, connection))
+        await send(host, b"%d" % number)
+        with await accepted(server) as taken:
+            await send(taken, await receive(taken))
+        assert await receive(host)
+        host.close()
+        await soon(relay)
+
+    await asyncio.gather(*(one(number) for number in range(64)))
+    assert os.listdir("/proc/self/fd") == before

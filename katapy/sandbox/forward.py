@@ -1,0 +1,89 @@
+"""Connections to the loopback of the pod's network namespace, as `kubectl port-forward` makes them, and their relay.
+
+The kernel leads them to a listener (``network.loopback``). For each a stream to the guest is opened, whose agent
+connects to the same port of the VM's loopback; from there on, bytes are copied both ways. A guest can only answer: no
+connection begins in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import Final
+
+from katapy.errors import KatapyError
+from katapy.transport.accept import accept
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_MAX: Final = 64
+"""Of a pod at a time; further ones are reset."""
+_CHUNK: Final = 64 << 10
+# struct linger: what a close sends.
+_RESET, _FAREWELL = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
+
+Dial = Callable[[int, bool], Awaitable[socket.socket]]
+"""Returns a stream to a port of the guest's loopback; with True ::1 was meant. Raises KatapyError."""
+
+
+async def forward(listeners: Iterable[socket.socket], dial: Dial) -> None:
+    """Relay every connection to ``listeners``, which stay the caller's, until cancelled."""
+    alive: set[asyncio.Task[None]] = set()
+    async with asyncio.TaskGroup() as tasks:
+        for listener in listeners:
+            tasks.create_task(_accept_all(listener, dial, tasks, alive))
+
+
+async def _accept_all(
+    listener: socket.socket, dial: Dial, tasks: asyncio.TaskGroup, alive: set[asyncio.Task[None]]
+) -> None:
+    while True:
+        near = await accept(listener)
+        # Until all has gone well: nobody is to take a half of something for the whole.
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if len(alive) >= CONNECTIONS_MAX:
+            near.close()
+            continue
+        task = tasks.create_task(_relay(near, dial))
+        alive.add(task)
+        # Not in the task: one that is cancelled before its first step runs no finally.
+        task.add_done_callback(partial(_ended, alive, near))
+
+
+def _ended(alive: set[asyncio.Task[None]], near: socket.socket, task: asyncio.Task[None]) -> None:
+    alive.discard(task)
+    near.close()
+
+
+async def _relay(near: socket.socket, dial: Dial) -> None:
+    """Serve one connection; the caller closes it."""
+    port = near.getsockname()[1]
+    try:
+        far = await dial(port, near.family == socket.AF_INET6)
+    except KatapyError as error:
+        # It was accepted before anybody could know: a reset is as near to a refusal as can be.
+        log.debug("cannot forward a connection to port %d: %s", port, error)
+        return
+    with far:
+        try:
+            async with asyncio.TaskGroup() as both:
+                both.create_task(_copy(near, far))
+                both.create_task(_copy(far, near))
+        except* OSError:
+            pass  # the reset tells
+        else:
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FAREWELL)
+
+
+async def _copy(source: socket.socket, sink: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    while data := await loop.sock_recv(source, _CHUNK):
+        await loop.sock_sendall(sink, data)
+        # Neither waits where there is no need to, and others of this loop have work, too.
+        await asyncio.sleep(0)
+    sink.shutdown(socket.SHUT_WR)
