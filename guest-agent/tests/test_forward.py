@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -204,6 +205,22 @@ async def test_who_does_not_read_stops_the_other_end_and_no_third(ends: Ends) ->
     while received < 64 << 20:
         received += len(await receive(host))
     await soon(flood)
+
+
+async def test_others_have_their_turn_after_each_chunk(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading and writing that never have to wait gave nobody else one."""
+    monkeypatch.setattr(forward, "_CHUNK", 1024)
+    host, server = ends
+    await send(server, b"x")
+    await receive(host)  # the relay is at work
+    await send(server, bytes(100 << 10))
+    turns, received = 0, 0
+    while received < 100 << 10:
+        await asyncio.sleep(0)
+        turns += 1
+        with contextlib.suppress(BlockingIOError):
+            received += len(host.recv(1 << 20))
+    assert turns >= 100
 
 
 async def test_many_at_once(server: socket.socket) -> None:
