@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from typing import Final
+from typing import Final, Self
 
 from katapy_agent.errors import InvalidArgument, NotFound
 
@@ -47,13 +47,25 @@ async def _connect(family: int, address: str, port: int) -> socket.socket:
     return connection
 
 
-async def relay(one: socket.socket, other: socket.socket) -> None:
-    """Copy both ways, each until its end, and close both sockets; where one breaks, nothing more is copied."""
-    with one, other:
+class Forward:
+    """A stream of the host's and the connection that it is for; both are closed at the end of the context."""
+
+    def __init__(self, host: socket.socket, connection: socket.socket) -> None:
+        self._host, self._connection = host, connection
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._host.close()
+        self._connection.close()
+
+    async def relay(self) -> None:
+        """Copy both ways, each until its end; where one side breaks, nothing more is copied."""
         try:
             async with asyncio.TaskGroup() as both:
-                both.create_task(_copy(one, other))
-                both.create_task(_copy(other, one))
+                both.create_task(_copy(self._host, self._connection))
+                both.create_task(_copy(self._connection, self._host))
         except* OSError:
             pass  # the close tells the other side
 

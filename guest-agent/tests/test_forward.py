@@ -123,23 +123,36 @@ async def test_what_is_no_port(port: int) -> None:
 # -- the relay
 
 
-@pytest.fixture
-async def ends(server: socket.socket) -> AsyncIterator[tuple[socket.socket, socket.socket]]:
-    """The host's end of a stream, and the server's of the connection; the relay between ends with them."""
+Ends = tuple[socket.socket, socket.socket]
+
+
+@contextlib.asynccontextmanager
+async def relayed(server: socket.socket) -> AsyncIterator[Ends]:
+    """Give the host's end of a stream, and the server's of a connection; the relay between ends with them."""
     host, stream = socket.socketpair()
     for end in (host, stream):
         end.setblocking(False)
     connection = await soon(forward.connect(server.getsockname()[1], ipv6=False))
     taken = await accepted(server)
-    task = asyncio.create_task(forward.relay(stream, connection))
-    yield host, taken
-    host.close()
-    taken.close()
+
+    async def relay() -> None:
+        with forward.Forward(stream, connection) as made:
+            await made.relay()
+
+    task = asyncio.create_task(relay())
+    try:
+        yield host, taken
+    finally:
+        host.close()
+        taken.close()
     await soon(task)
     assert (stream.fileno(), connection.fileno()) == (-1, -1)
 
 
-Ends = tuple[socket.socket, socket.socket]
+@pytest.fixture
+async def ends(server: socket.socket) -> AsyncIterator[Ends]:
+    async with relayed(server) as made:
+        yield made
 
 
 async def test_large_data_go_both_ways_at_once(ends: Ends) -> None:
@@ -188,18 +201,11 @@ async def test_who_does_not_read_stops_the_other_end_and_no_third(ends: Ends) ->
     """What is under way is bounded: by the buffers of the two sockets, and one chunk."""
     host, server = ends
     flood = asyncio.create_task(send(server, bytes(64 << 20)))
-    other_host, other_stream = socket.socketpair()
-    for end in (other_host, other_stream):
-        end.setblocking(False)
     with listener(socket.AF_INET, "127.0.0.1") as other_server:
-        connection = await soon(forward.connect(other_server.getsockname()[1], ipv6=False))
-        relay = asyncio.create_task(forward.relay(other_stream, connection))
-        with await accepted(other_server) as taken:
+        async with relayed(other_server) as (other_host, taken):
             for number in range(100):
                 await send(other_host, b"%d" % number)
                 assert await receive(taken) == b"%d" % number
-        other_host.close()
-        await soon(relay)
     assert not flood.done()
     received = 0
     while received < 64 << 20:
@@ -228,17 +234,10 @@ async def test_many_at_once(server: socket.socket) -> None:
     before = os.listdir("/proc/self/fd")
 
     async def one(number: int) -> None:
-        host, stream = socket.socketpair()
-        for end in (host, stream):
-            end.setblocking(False)
-        connection = await soon(forward.connect(server.getsockname()[1], ipv6=False))
-        relay = asyncio.create_task(forward.relay(stream, connection))
-        await send(host, b"%d" % number)
-        with await accepted(server) as taken:
+        async with relayed(server) as (host, taken):
+            await send(host, b"%d" % number)
             await send(taken, await receive(taken))
-        assert await receive(host)
-        host.close()
-        await soon(relay)
+            assert await receive(host) == b"%d" % number
 
     await asyncio.gather(*(one(number) for number in range(64)))
     assert os.listdir("/proc/self/fd") == before

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import select
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Final
 
 from katapy.errors import KatapyError
+from katapy.run import readable
 from katapy.transport.accept import accept
 
 log = logging.getLogger(__name__)
@@ -26,8 +30,11 @@ _CHUNK: Final = 64 << 10
 # struct linger: what a close sends.
 _RESET, _FAREWELL = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
-Dial = Callable[[int, bool], Awaitable[socket.socket]]
-"""Returns a stream to a port of the guest's loopback; with True ::1 was meant. Raises KatapyError."""
+# A client that has closed both halves looks like one that waits for an answer, until it is asked whether it is there.
+_KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}  # the first two: seconds
+
+Dial = Callable[[int, bool], AbstractAsyncContextManager[socket.socket]]
+"""Gives a stream to a port of the guest's loopback; with True ::1 was meant. Raises KatapyError."""
 
 
 async def forward(listeners: Iterable[socket.socket], dial: Dial) -> None:
@@ -46,6 +53,9 @@ async def _accept_all(
         # Until all has gone well: nobody is to take a half of something for the whole.
         near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            near.setsockopt(socket.IPPROTO_TCP, option, value)
         if len(alive) >= CONNECTIONS_MAX:
             near.close()
             continue
@@ -64,20 +74,34 @@ async def _relay(near: socket.socket, dial: Dial) -> None:
     """Serve one connection; the caller closes it."""
     port = near.getsockname()[1]
     try:
-        far = await dial(port, near.family == socket.AF_INET6)
+        async with dial(port, near.family == socket.AF_INET6) as far:
+            await _copy_both_ways(near, far)
     except KatapyError as error:
         # It was accepted before anybody could know: a reset is as near to a refusal as can be.
         log.debug("cannot forward a connection to port %d: %s", port, error)
-        return
-    with far:
-        try:
+
+
+async def _copy_both_ways(near: socket.socket, far: socket.socket) -> None:
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(_watch(near))
             async with asyncio.TaskGroup() as both:
                 both.create_task(_copy(near, far))
                 both.create_task(_copy(far, near))
-        except* OSError:
-            pass  # the reset tells
-        else:
-            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FAREWELL)
+            watching.cancel()
+    except* OSError:
+        pass  # the reset tells
+    else:
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FAREWELL)
+
+
+async def _watch(near: socket.socket) -> None:
+    """Raise OSError once the client is gone, which reading does not tell after the end of what it had to say."""
+    with select.epoll() as poller:
+        poller.register(near, 0)  # errors and hang-ups are told in any case
+        await readable(poller.fileno())
+    if error := near.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(error, os.strerror(error))
 
 
 async def _copy(source: socket.socket, sink: socket.socket) -> None:

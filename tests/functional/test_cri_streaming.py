@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from cni import Namespace
 from containerd_daemon import Containerd
-from cri import MISSING, SLEEP, Cri, pod
+from cri import MISSING, SLEEP, Cri, await_true, pod
 from harness import DEADLINE
 from streaming import DATA, ERROR, STDERR, STDIN, STDOUT, Stream, attach, execute, forward
 
@@ -106,6 +106,7 @@ def test_attach(cri: Cri, daemon_network: Namespace, tmp_path: Path) -> None:
                 stream.send(STDIN, word + b"\n")
                 stream.until(STDOUT, b"<%b>\n" % word)
                 stream.until(STDERR, b"!%b\n" % word)
+        await_true(lambda: len((tmp_path / "c1.log").read_text().splitlines()) == 4)
         logged = [line.split(" ", 1)[1] for line in (tmp_path / "c1.log").read_text().splitlines()]
         assert sorted(logged) == ["stderr F !one", "stderr F !two", "stdout F <one>", "stdout F <two>"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable
@@ -12,6 +13,7 @@ from typing import TypeVar
 import pytest
 
 from katapy.errors import NotFound
+from katapy.run import readable
 from katapy.sandbox.forward import CONNECTIONS_MAX, forward
 
 SECONDS = 30.0
@@ -33,7 +35,8 @@ class Lab:
         self.refuse = False
         self.opened: list[socket.socket] = []
 
-    async def dial(self, port: int, ipv6: bool) -> socket.socket:
+    @contextlib.asynccontextmanager
+    async def dial(self, port: int, ipv6: bool) -> AsyncIterator[socket.socket]:
         if self.refuse:
             raise NotFound("nobody listens there")
         ours, theirs = socket.socketpair()
@@ -41,7 +44,8 @@ class Lab:
         theirs.setblocking(False)
         self.opened.append(theirs)
         self.dialled.put_nowait((port, ipv6, theirs))
-        return ours
+        with ours:
+            yield ours
 
     async def client(self) -> socket.socket:
         client = socket.socket()
@@ -49,6 +53,15 @@ class Lab:
         client.setblocking(False)
         await soon(asyncio.get_running_loop().sock_connect(client, self.place))
         return client
+
+    async def gone(self, guest: socket.socket) -> None:
+        """Wait until the host has closed its end of a stream."""
+        poller = select.epoll()
+        try:
+            poller.register(guest, 0)
+            await soon(readable(poller.fileno()))
+        finally:
+            poller.close()
 
     async def connection(self) -> tuple[socket.socket, socket.socket]:
         """Return the two ends of a connection: the client's and the guest's."""
@@ -139,6 +152,29 @@ async def test_a_client_that_breaks_off_ends_the_guests_side(lab: Lab) -> None:
     assert await everything(guest) == b""
     with pytest.raises(BrokenPipeError):
         await send(guest, bytes(64 << 20))
+
+
+async def test_a_client_that_breaks_off_while_it_waits(lab: Lab) -> None:
+    """After the end of what it had to say, reading tells nothing more of it."""
+    client, guest = await lab.connection()
+    client.shutdown(socket.SHUT_WR)
+    assert await receive(guest) == b""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    await lab.gone(guest)
+
+
+async def test_who_waits_for_an_answer_is_told_from_who_has_closed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that did not mind the end of its client held a place for good."""
+    quick = {socket.TCP_KEEPIDLE: 1, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 1}
+    monkeypatch.setattr("katapy.sandbox.forward._KEEPALIVE", quick)
+    (waiting, its_guest), (closed, other_guest) = await lab.connection(), await lab.connection()
+    waiting.shutdown(socket.SHUT_WR)
+    closed.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
+    closed.close()
+    await lab.gone(other_guest)
+    await send(its_guest, b"answer")
+    assert await receive(waiting) == b"answer"
 
 
 async def test_a_guest_that_has_gone_is_a_reset_for_who_goes_on(lab: Lab) -> None:
