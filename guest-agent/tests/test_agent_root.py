@@ -103,23 +103,9 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
         (rootfs / name).mkdir()
     (rootfs / "bin" / "busybox").write_bytes(BUSYBOX.read_bytes())
     (rootfs / "bin" / "busybox").chmod(0o755)
-    for name in (
-        "sh",
-        "cat",
-        "sleep",
-        "true",
-        "head",
-        "tty",
-        "yes",
-        "echo",
-        "stty",
-        "kill",
-        "printf",
-        "ls",
-        "test",
-        "nc",
-    ):
+    for name in ("sh", "cat", "sleep", "true", "head", "tty", "yes", "echo", "stty", "kill", "printf", "ls", "test"):
         (rootfs / "bin" / name).symlink_to("busybox")
+    (rootfs / "bin" / "nc").symlink_to("busybox")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         [sys.executable, "-B", str(AGENT), str(directory)], stdout=subprocess.PIPE, env=environment
