@@ -14,7 +14,6 @@ from katapy_agent.errors import AlreadyExists, InvalidArgument, InvalidState, No
 from katapy_agent.stdio import Streams
 
 if TYPE_CHECKING:  # imported when there is a network: in a template they are there already
-    from katapy_agent.forward import Forward
     from katapy_agent.network import Interface, Neighbor
     from katapy_agent.routes import Route
 
@@ -111,12 +110,10 @@ class Sandbox:
 
         self._check_created()
         resolver = Resolver(address, await self._services.exchange.claim(stream))
-        task = asyncio.create_task(resolver.run(), name="relay name queries")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._keep(asyncio.create_task(resolver.run(), name="relay name queries"))
 
-    async def forward_connection(self, port: int, stream: str, *, ipv6: bool) -> Forward:
-        """Connect to a port of the loopback, for a relay between that and the host's ``stream``.
+    async def forward_connection(self, port: int, stream: str, *, ipv6: bool) -> None:
+        """Connect to a port of the loopback, and relay between that and the host's ``stream``.
 
         Raises InvalidArgument, NotFound where nobody takes the connection, and what `Exchange.claim` raises.
         """
@@ -125,10 +122,15 @@ class Sandbox:
         self._check_created()
         host = await self._services.exchange.claim(stream)
         try:
-            return forward.Forward(host, await forward.connect(port, ipv6=ipv6))
+            connection = await forward.connect(port, ipv6=ipv6)
         except BaseException:
             host.close()
             raise
+        self._keep(asyncio.create_task(forward.relay(host, connection), name=f"forward to port {port}"))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def container(self, container_id: str) -> Container:
         """Return a container. Raises NotFound."""

@@ -14,6 +14,7 @@ from typing import TypeVar
 import pytest
 from katapy_agent import forward
 from katapy_agent.errors import InvalidArgument, NotFound
+from pieces import Pieces
 
 SECONDS = 30.0
 T = TypeVar("T")
@@ -72,10 +73,10 @@ async def receive(end: socket.socket) -> bytes:
 
 
 async def everything(end: socket.socket) -> bytes:
-    data = b""
+    data = bytearray()
     while more := await receive(end):
         data += more
-    return data
+    return bytes(data)
 
 
 # -- the connection
@@ -123,29 +124,23 @@ async def test_what_is_no_port(port: int) -> None:
 # -- the relay
 
 
-Ends = tuple[socket.socket, socket.socket]
+Ends = tuple[Pieces, socket.socket]
 
 
 @contextlib.asynccontextmanager
 async def relayed(server: socket.socket) -> AsyncIterator[Ends]:
     """Give the host's end of a stream, and the server's of a connection; the relay between ends with them."""
     host, stream = socket.socketpair()
-    for end in (host, stream):
-        end.setblocking(False)
+    stream.setblocking(False)
     connection = await soon(forward.connect(server.getsockname()[1], ipv6=False))
     taken = await accepted(server)
-
-    async def relay() -> None:
-        with forward.Forward(stream, connection) as made:
-            await made.relay()
-
-    task = asyncio.create_task(relay())
+    relay = asyncio.create_task(forward.relay(stream, connection))
     try:
-        yield host, taken
+        yield Pieces(host), taken
     finally:
         host.close()
         taken.close()
-    await soon(task)
+    await soon(relay)
     assert (stream.fileno(), connection.fileno()) == (-1, -1)
 
 
@@ -159,40 +154,73 @@ async def test_large_data_go_both_ways_at_once(ends: Ends) -> None:
     host, server = ends
     there, back = bytes(range(256)) * 40_000, bytes(reversed(range(256))) * 40_000
 
-    async def one_side(end: socket.socket, data: bytes) -> bytes:
-        async def sending() -> None:
-            await send(end, data)
-            end.shutdown(socket.SHUT_WR)
+    async def ask() -> None:
+        await soon(host.send(there))
+        await soon(host.send(b""))
 
-        received, _ = await asyncio.gather(everything(end), sending())
-        return received
+    async def answer() -> None:
+        await send(server, back)
+        server.shutdown(socket.SHUT_WR)
 
-    assert list(await asyncio.gather(one_side(host, there), one_side(server, back))) == [back, there]
-
-
-@pytest.mark.parametrize("first", [0, 1])
-async def test_each_direction_has_an_end_of_its_own(ends: Ends, first: int) -> None:
-    one, other = ends[first], ends[1 - first]
-    await send(one, b"question")
-    one.shutdown(socket.SHUT_WR)
-    assert await everything(other) == b"question"
-    await send(other, b"answer")
-    assert await receive(one) == b"answer"
+    received, asked, *_ = await asyncio.gather(soon(host.everything()), everything(server), ask(), answer())
+    assert (received, asked) == (back, there)
+    await soon(host.hang_up())
 
 
-async def test_a_server_that_breaks_off_ends_the_stream(ends: Ends) -> None:
+async def test_the_client_ends_first(ends: Ends) -> None:
+    """And waits for the answer."""
+    host, server = ends
+    await soon(host.send(b"question"))
+    await soon(host.send(b""))
+    assert await everything(server) == b"question"
+    await send(server, b"answer")
+    assert await soon(host.receive()) == b"answer"
+    server.close()
+    assert await soon(host.receive()) == b""
+    await soon(host.hang_up())
+
+
+async def test_the_server_ends_first(ends: Ends) -> None:
+    host, server = ends
+    await send(server, b"greeting")
+    server.shutdown(socket.SHUT_WR)
+    assert await soon(host.everything()) == b"greeting"
+    await soon(host.send(b"reply"))
+    assert await receive(server) == b"reply"
+    await soon(host.send(b""))
+    # The host may be quick.
+    host.stream.close()
+    assert await receive(server) == b""
+
+
+async def test_a_server_that_breaks_off_breaks_the_stream(ends: Ends) -> None:
+    """What came so far is not all that there was."""
     host, server = ends
     await send(server, b"begun")
-    assert await receive(host) == b"begun"
+    assert await soon(host.receive()) == b"begun"
     server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     server.close()
-    assert await everything(host) == b""
+    with pytest.raises(EOFError):
+        await soon(host.receive())
 
 
-async def test_a_host_that_has_gone_ends_the_connection(ends: Ends) -> None:
+@pytest.mark.parametrize("said", [b"", b"\0\0", b"\0\0\0\5half"])
+async def test_a_stream_that_just_ends_is_a_reset(ends: Ends, said: bytes) -> None:
     host, server = ends
-    host.close()
-    assert await everything(server) == b""
+    await soon(host.send(b"whole"))
+    assert await receive(server) == b"whole"
+    await send(host.stream, said)
+    host.stream.close()
+    with pytest.raises(ConnectionResetError):
+        await everything(server)
+
+
+async def test_a_host_that_lets_go_while_it_waits_is_a_reset(ends: Ends) -> None:
+    """Its client has gone, after the end of what it had to say."""
+    host, server = ends
+    await soon(host.send(b""))
+    assert await receive(server) == b""
+    host.stream.close()
     with pytest.raises((ConnectionResetError, BrokenPipeError)):
         await send(server, bytes(64 << 20))
 
@@ -204,12 +232,12 @@ async def test_who_does_not_read_stops_the_other_end_and_no_third(ends: Ends) ->
     with listener(socket.AF_INET, "127.0.0.1") as other_server:
         async with relayed(other_server) as (other_host, taken):
             for number in range(100):
-                await send(other_host, b"%d" % number)
+                await soon(other_host.send(b"%d" % number))
                 assert await receive(taken) == b"%d" % number
     assert not flood.done()
     received = 0
     while received < 64 << 20:
-        received += len(await receive(host))
+        received += len(await soon(host.receive()))
     await soon(flood)
 
 
@@ -218,14 +246,14 @@ async def test_others_have_their_turn_after_each_chunk(ends: Ends, monkeypatch: 
     monkeypatch.setattr(forward, "_CHUNK", 1024)
     host, server = ends
     await send(server, b"x")
-    await receive(host)  # the relay is at work
+    await soon(host.receive())  # the relay is at work
     await send(server, bytes(100 << 10))
     turns, received = 0, 0
     while received < 100 << 10:
         await asyncio.sleep(0)
         turns += 1
         with contextlib.suppress(BlockingIOError):
-            received += len(host.recv(1 << 20))
+            received += len(host.stream.recv(1 << 20))
     assert turns >= 100
 
 
@@ -235,9 +263,9 @@ async def test_many_at_once(server: socket.socket) -> None:
 
     async def one(number: int) -> None:
         async with relayed(server) as (host, taken):
-            await send(host, b"%d" % number)
+            await soon(host.send(b"%d" % number))
             await send(taken, await receive(taken))
-            assert await receive(host) == b"%d" % number
+            assert await soon(host.receive()) == b"%d" % number
 
     await asyncio.gather(*(one(number) for number in range(64)))
     assert os.listdir("/proc/self/fd") == before

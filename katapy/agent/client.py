@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from katapy.agent.network import interface_message, neighbour_message, route_message
-from katapy.errors import KatapyError, Timeout, Unavailable, from_wire
+from katapy.errors import KatapyError, Unavailable, from_wire
 from katapy.interfaces import Interface, Neighbour, Network, Route
 from katapy.proto import agent_pb2
 
@@ -87,27 +87,13 @@ class AgentClient:
         request = agent_pb2.RelayResolverRequest(address=socket.inet_aton(address), stream=stream)
         await self._call("RelayResolver", request)
 
-    @asynccontextmanager
-    async def forward_connection(self, port: int, stream: str, *, ipv6: bool) -> AsyncIterator[None]:
-        """While entered, have a connection to a port of the guest's loopback relayed over the stream of this name.
+    async def forward_connection(self, port: int, stream: str, *, ipv6: bool) -> None:
+        """Have the guest connect to a port of its loopback, and relay that over the stream of this name, in pieces.
 
         ``ipv6`` is whether ::1 was meant, which is tried first then. Raises NotFound where nobody takes the connection.
         """
         request = agent_pb2.ForwardConnectionRequest(port=port, stream=stream, ipv6=ipv6)
-        call = self._calls["ForwardConnection"](request, timeout=None)
-        try:
-            async with asyncio.timeout(self._deadline):
-                connected = await call.read()
-        except grpc.aio.AioRpcError as error:
-            raise _translate("ForwardConnection", error) from None
-        except TimeoutError as error:
-            raise Timeout(f"guest agent: ForwardConnection: no answer within {self._deadline:g} s") from error
-        else:
-            if connected is grpc.aio.EOF:
-                raise Unavailable("guest agent: ForwardConnection: no answer")
-            yield
-        finally:
-            call.cancel()
+        await self._call("ForwardConnection", request)
 
     async def destroy_sandbox(self, *, deadline: float) -> None:
         """End all containers and flush what they wrote. ``deadline`` in seconds."""

@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import socket
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
 from katapy.agent.stdio import open_stream
@@ -145,12 +145,14 @@ class SandboxNetwork:
         if self._pod is None or not self._pod.loopback:
             return
 
-        @asynccontextmanager
-        async def dial(port: int, ipv6: bool) -> AsyncIterator[socket.socket]:
+        async def dial(port: int, ipv6: bool) -> socket.socket:
             name, stream = await open_stream(machine.connect)
-            with stream:
-                async with machine.agent.forward_connection(port, name, ipv6=ipv6):
-                    yield stream
+            try:
+                await machine.guarded(machine.agent.forward_connection(port, name, ipv6=ipv6))
+            except BaseException:
+                stream.close()
+                raise
+            return stream
 
         self._forward = asyncio.create_task(forward(self._pod.loopback, dial), name="forward connections")
 

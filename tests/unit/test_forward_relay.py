@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import select
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
 
 import pytest
+from pieces import Pieces
 
 from katapy.errors import NotFound
-from katapy.run import readable
 from katapy.sandbox.forward import CONNECTIONS_MAX, forward
 
 SECONDS = 30.0
@@ -31,21 +30,18 @@ class Lab:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.setblocking(False)
         self.place = self.listener.getsockname()
-        self.dialled: asyncio.Queue[tuple[int, bool, socket.socket]] = asyncio.Queue()
+        self.dialled: asyncio.Queue[tuple[int, bool, Pieces]] = asyncio.Queue()
         self.refuse = False
         self.opened: list[socket.socket] = []
 
-    @contextlib.asynccontextmanager
-    async def dial(self, port: int, ipv6: bool) -> AsyncIterator[socket.socket]:
+    async def dial(self, port: int, ipv6: bool) -> socket.socket:
         if self.refuse:
             raise NotFound("nobody listens there")
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        theirs.setblocking(False)
         self.opened.append(theirs)
-        self.dialled.put_nowait((port, ipv6, theirs))
-        with ours:
-            yield ours
+        self.dialled.put_nowait((port, ipv6, Pieces(theirs)))
+        return ours
 
     async def client(self) -> socket.socket:
         client = socket.socket()
@@ -54,16 +50,7 @@ class Lab:
         await soon(asyncio.get_running_loop().sock_connect(client, self.place))
         return client
 
-    async def gone(self, guest: socket.socket) -> None:
-        """Wait until the host has closed its end of a stream."""
-        poller = select.epoll()
-        try:
-            poller.register(guest, 0)
-            await soon(readable(poller.fileno()))
-        finally:
-            poller.close()
-
-    async def connection(self) -> tuple[socket.socket, socket.socket]:
+    async def connection(self) -> tuple[socket.socket, Pieces]:
         """Return the two ends of a connection: the client's and the guest's."""
         client = await self.client()
         _, _, guest = await soon(self.dialled.get())
@@ -92,10 +79,16 @@ async def receive(end: socket.socket) -> bytes:
 
 
 async def everything(end: socket.socket) -> bytes:
-    data = b""
+    data = bytearray()
     while more := await receive(end):
         data += more
-    return data
+    return bytes(data)
+
+
+def break_off(end: socket.socket) -> None:
+    """Close a connection as a process that is killed may."""
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    end.close()
 
 
 async def test_the_guest_is_told_which_port_was_dialled(lab: Lab) -> None:
@@ -108,28 +101,43 @@ async def test_large_data_go_both_ways_at_once(lab: Lab) -> None:
     client, guest = await lab.connection()
     there, back = bytes(range(256)) * 40_000, bytes(reversed(range(256))) * 40_000
 
-    async def one_side(end: socket.socket, data: bytes) -> bytes:
-        async def sending() -> None:
-            await send(end, data)
-            end.shutdown(socket.SHUT_WR)
+    async def ask() -> None:
+        await send(client, there)
+        client.shutdown(socket.SHUT_WR)
 
-        received, _ = await asyncio.gather(everything(end), sending())
-        return received
+    async def answer() -> None:
+        await soon(guest.send(back))
+        await soon(guest.send(b""))
 
-    assert list(await asyncio.gather(one_side(client, there), one_side(guest, back))) == [back, there]
+    received, asked, *_ = await asyncio.gather(everything(client), soon(guest.everything()), ask(), answer())
+    assert (received, asked) == (back, there)
+    await soon(guest.hang_up())
 
 
-@pytest.mark.parametrize("first", ["client", "guest"])
-async def test_each_direction_has_an_end_of_its_own(lab: Lab, first: str) -> None:
+async def test_the_client_ends_first(lab: Lab) -> None:
+    """And waits for the answer."""
     client, guest = await lab.connection()
-    one, other = (client, guest) if first == "client" else (guest, client)
-    await send(one, b"question")
-    one.shutdown(socket.SHUT_WR)
-    assert await everything(other) == b"question"
-    await send(other, b"answer")
-    assert await receive(one) == b"answer"
-    other.shutdown(socket.SHUT_WR)
-    assert await receive(one) == b""
+    await send(client, b"question")
+    client.shutdown(socket.SHUT_WR)
+    assert await soon(guest.everything()) == b"question"
+    await soon(guest.send(b"answer"))
+    assert await receive(client) == b"answer"
+    await soon(guest.send(b""))
+    # A guest may be quick.
+    guest.stream.close()
+    assert await receive(client) == b""
+
+
+async def test_the_guest_ends_first(lab: Lab) -> None:
+    client, guest = await lab.connection()
+    await soon(guest.send(b"greeting"))
+    await soon(guest.send(b""))
+    assert await everything(client) == b"greeting"
+    await send(client, b"reply")
+    assert await soon(guest.receive()) == b"reply"
+    client.close()
+    assert await soon(guest.receive()) == b""
+    await soon(guest.hang_up())
 
 
 async def test_a_port_where_nobody_listens_is_a_reset(lab: Lab) -> None:
@@ -139,29 +147,26 @@ async def test_a_port_where_nobody_listens_is_a_reset(lab: Lab) -> None:
         await receive(client)
     lab.refuse = False
     client, guest = await lab.connection()
-    await send(guest, b"alive")
+    await soon(guest.send(b"alive"))
     assert await receive(client) == b"alive"
 
 
-async def test_a_client_that_breaks_off_ends_the_guests_side(lab: Lab) -> None:
+async def test_a_client_that_breaks_off_breaks_the_stream(lab: Lab) -> None:
     client, guest = await lab.connection()
     await send(client, b"begun")
-    assert await receive(guest) == b"begun"
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
-    assert await everything(guest) == b""
-    with pytest.raises(BrokenPipeError):
-        await send(guest, bytes(64 << 20))
+    assert await soon(guest.receive()) == b"begun"
+    break_off(client)
+    with pytest.raises(EOFError):
+        await soon(guest.receive())
 
 
 async def test_a_client_that_breaks_off_while_it_waits(lab: Lab) -> None:
     """After the end of what it had to say, reading tells nothing more of it."""
     client, guest = await lab.connection()
     client.shutdown(socket.SHUT_WR)
-    assert await receive(guest) == b""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
-    await lab.gone(guest)
+    assert await soon(guest.receive()) == b""
+    break_off(client)
+    await soon(guest.hang_up())
 
 
 async def test_who_waits_for_an_answer_is_told_from_who_has_closed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,16 +177,29 @@ async def test_who_waits_for_an_answer_is_told_from_who_has_closed(lab: Lab, mon
     waiting.shutdown(socket.SHUT_WR)
     closed.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
     closed.close()
-    await lab.gone(other_guest)
-    await send(its_guest, b"answer")
+    await soon(other_guest.hang_up())
+    await soon(its_guest.send(b"answer"))
     assert await receive(waiting) == b"answer"
 
 
-async def test_a_guest_that_has_gone_is_a_reset_for_who_goes_on(lab: Lab) -> None:
+@pytest.mark.parametrize("said", [b"", b"\0\0", b"\0\0\0\5half"])
+async def test_a_stream_that_just_ends_is_a_reset(lab: Lab, said: bytes) -> None:
+    """Of a virtual machine that died, for example: what came so far is not all that there was."""
     client, guest = await lab.connection()
-    await send(guest, b"last words")
-    guest.close()
-    assert await everything(client) == b"last words"
+    await soon(guest.send(b"whole"))
+    assert await receive(client) == b"whole"
+    await send(guest.stream, said)
+    guest.stream.close()
+    with pytest.raises(ConnectionResetError):
+        await everything(client)
+
+
+async def test_a_guest_that_goes_on_after_its_end_is_a_reset(lab: Lab) -> None:
+    client, guest = await lab.connection()
+    await soon(guest.send(b""))
+    assert await receive(client) == b""
+    await soon(guest.send(b"more"))
+    await soon(guest.hang_up())
     with pytest.raises((ConnectionResetError, BrokenPipeError)):
         await send(client, bytes(64 << 20))
 
@@ -191,15 +209,16 @@ async def test_there_are_so_many_at_a_time_and_no_more(lab: Lab) -> None:
     ends = [await lab.connection() for _ in range(CONNECTIONS_MAX)]
     for number, (client, _) in enumerate(ends):
         await send(client, b"%d" % number)
-    assert [await receive(guest) for _, guest in ends] == [b"%d" % number for number in range(len(ends))]
+    assert [await soon(guest.receive()) for _, guest in ends] == [b"%d" % number for number in range(len(ends))]
     with pytest.raises(ConnectionResetError):
         await receive(await lab.client())
     client, guest = ends.pop()
-    for end in (client, guest):
-        end.shutdown(socket.SHUT_WR)
-    assert (await everything(guest), await everything(client)) == (b"", b"")
+    client.shutdown(socket.SHUT_WR)
+    await soon(guest.send(b""))
+    assert (await soon(guest.receive()), await receive(client)) == (b"", b"")
+    await soon(guest.hang_up())
     client, guest = await lab.connection()
-    await send(guest, b"served")
+    await soon(guest.send(b"served"))
     assert await receive(client) == b"served"
 
 
@@ -213,12 +232,11 @@ async def test_others_have_their_turn_after_each_chunk(lab: Lab, monkeypatch: py
         await asyncio.sleep(0)
         turns += 1
         with contextlib.suppress(BlockingIOError):
-            received += len(guest.recv(1 << 20))
+            received += len(guest.stream.recv(1 << 20))
     assert turns >= 100
 
 
 async def test_the_end_of_the_pod_is_a_reset(lab: Lab) -> None:
-    """No client takes what has come so far for all that there was."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     task = asyncio.create_task(forward([listener], lab.dial))
@@ -226,7 +244,7 @@ async def test_the_end_of_the_pod_is_a_reset(lab: Lab) -> None:
         client.setblocking(False)
         await soon(asyncio.get_running_loop().sock_connect(client, listener.getsockname()))
         _, _, guest = await soon(lab.dialled.get())
-        await send(guest, b"half of it")
+        await soon(guest.send(b"half of it"))
         assert await receive(client) == b"half of it"
         task.cancel()
         await asyncio.wait([task])
