@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,8 @@ from harness import DEADLINE, descendants
 PLUGINS = Path("/usr/lib/cni")
 MISSING = "" if CTR.exists() and (PLUGINS / "ptp").exists() else "containerd or CNI's plugins are not installed"
 """Why there is no daemon to test with."""
-SLEEP = ("sleep", "1000")
 HANDLER = "katapy"
+SLEEP = ("sleep", "1000")
 PAUSE = "localhost/pause:test"
 CONFIG = """
 version = 2
@@ -48,6 +47,8 @@ conf_dir = "{directory}/cni"
 default_runtime_name = "%(handler)s"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.%(handler)s]
 runtime_type = "io.containerd.katapy.v2"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
 """ % {"pause": PAUSE, "handler": HANDLER}  # noqa: UP031 - braces are for the directory
 NETWORK = """{{
   "cniVersion": "0.4.0", "name": "katapy-test",
@@ -60,7 +61,19 @@ NETWORK = """{{
 
 
 @contextmanager
-def own_network() -> Iterator[str]:
+def start_plugin(directory: Path, rootfs: Path) -> Iterator[Containerd]:
+    """Run a daemon with the plugin, in a network namespace of its own, as ``start_containerd`` does."""
+    with _own_network() as network:
+        (directory / "cni").mkdir()
+        (directory / "cni/10-test.conflist").write_text(NETWORK.format(directory=directory))
+        with start_containerd(directory, rootfs, CONFIG, network=network, namespace="k8s.io") as containerd:
+            write_image(directory / "pause.tar", rootfs, PAUSE, SLEEP)
+            containerd("images", "import", "--no-unpack", directory / "pause.tar")
+            yield containerd
+
+
+@contextmanager
+def _own_network() -> Iterator[str]:
     """Have a network namespace, so that what CNI makes is not the host's, and yield its name."""
     name = f"katapy-cri-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", name], check=True)
@@ -69,19 +82,6 @@ def own_network() -> Iterator[str]:
         yield name
     finally:
         subprocess.run(["ip", "netns", "delete", name], check=True)
-
-
-@contextmanager
-def start_daemon(busybox: Path) -> Iterator[Containerd]:
-    """Run a daemon with the plugin, in a network namespace of its own."""
-    with tempfile.TemporaryDirectory(prefix="katapy-") as name, own_network() as network:
-        directory = Path(name)
-        (directory / "cni").mkdir()
-        (directory / "cni/10-test.conflist").write_text(NETWORK.format(directory=directory))
-        with start_containerd(directory, busybox, CONFIG, network=network, namespace="k8s.io") as containerd:
-            write_image(directory / "pause.tar", busybox, PAUSE, SLEEP)
-            containerd("images", "import", "--no-unpack", directory / "pause.tar")
-            yield containerd
 
 
 @contextmanager
@@ -158,9 +158,9 @@ class Cri:
             ),
         )
 
-    def run_pod(self, config: Any) -> str:
+    def run_pod(self, config: Any, handler: str = HANDLER) -> str:
         """Start a pod and return its id."""
-        request = self.messages.RunPodSandboxRequest(config=config, runtime_handler=HANDLER)
+        request = self.messages.RunPodSandboxRequest(config=config, runtime_handler=handler)
         return str(self.call("RunPodSandbox", request).pod_sandbox_id)
 
     def pod(self, method: str, pod: str) -> Any:
