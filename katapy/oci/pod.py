@@ -13,6 +13,11 @@ _KEYS = (
 )
 
 
+def is_sandbox(annotations: Mapping[str, str]) -> bool:
+    """Tell whether a container is the first of a pod, whose VM the others join."""
+    return any(annotations.get(kind) == "sandbox" for kind, _ in _KEYS)
+
+
 def sandbox_of(annotations: Mapping[str, str]) -> str:
     """Return the id of the pod's sandbox that a container joins; empty for one with a VM of its own."""
     for kind, sandbox in _KEYS:

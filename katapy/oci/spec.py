@@ -46,7 +46,7 @@ from katapy.oci.node import (
     required_text,
     text,
 )
-from katapy.oci.pod import sandbox_of
+from katapy.oci.pod import is_sandbox, sandbox_of
 from katapy.oci.process import ProcessSpec, process
 from katapy.oci.seccomp import Seccomp, parse_seccomp
 
@@ -150,7 +150,7 @@ class Spec:
     @property
     def joined_namespaces(self) -> tuple[str, ...]:
         """The types of the namespaces that a pod's container shares with its sandbox's."""
-        return tuple(namespace.type for namespace in self.linux.namespaces if namespace.path)
+        return tuple(namespace.type for namespace in self.linux.namespaces if namespace.path) if self.sandbox else ()
 
     @property
     def resources(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class Spec:
             # Its devices are the host's, and so is whoever reads and writes them for the container.
             limits = {key: value for key, value in resources.items() if key != "blockIO"}
             document["linux"] = {**document["linux"], "resources": limits}
-        if self.joined_namespaces:
+        if any(namespace.path for namespace in self.linux.namespaces):
             # The paths are the host's; which ones are joined in the guest is said beside the document.
             types = [{"type": namespace.type} for namespace in self.linux.namespaces]
             document["linux"] = {**document["linux"], "namespaces": types}
@@ -245,10 +245,12 @@ def parse_spec(data: bytes, *, bundle: str, what: str = "config.json") -> Spec:
 def _check_joined(node: Node, spec: Spec) -> None:
     """Refuse namespaces of the host that cannot be had in a VM: only a pod's containers can share theirs.
 
-    But the network is the VM's, which is connected to the namespace that is named.
+    But the network is the VM's, which is connected to the namespace that is named. And CRI-O makes a pod's namespaces
+    on the host, before its sandbox: nobody is in them, and what becomes of them are new ones in the VM.
     """
+    fresh = ("network", "ipc", "uts") if is_sandbox(spec.annotations) else ("network",)
     for index, namespace in enumerate(spec.linux.namespaces):
-        if not namespace.path or (namespace.type == "network" and not spec.sandbox):
+        if not namespace.path or (namespace.type in fresh and not spec.sandbox):
             continue
         path = node.child("namespaces").items()[index].child("path")
         if not spec.sandbox:

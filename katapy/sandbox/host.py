@@ -31,6 +31,8 @@ from katapy.state import DEFAULT_ROOT, Status, state_json
 
 log = logging.getLogger(__name__)
 
+# Only podman and CRI-O say in an annotation that they manage a container.
+_MANAGER: Final = "io.container.manager"
 # Whoever creates a container has its stand-in ready.
 _ANNOUNCE_DEADLINE: Final = 60.0
 
@@ -72,6 +74,16 @@ class Host:
         if before.cpu and before.cpu.quota and not (after.cpu and after.cpu.quota):
             limits = replace(limits, cpu_quota=NO_LIMIT)
         await asyncio.to_thread(container.cgroup.update, limits)
+
+    def tell_oom(self, container: Container) -> None:
+        """Leave the file by which podman and CRI-O know that memory ran out: their conmon sees a cgroup of the host."""
+        if _MANAGER not in container.bundle.spec.annotations:
+            return
+        path = f"{container.bundle.path}/oom"
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
+        except OSError as error:
+            log.warning("%s: cannot make %s: %s", container.id, path, error.strerror)
 
     async def run_hooks(self, container: Container, point: str, hooks: Sequence[Hook]) -> None:
         """Run the hooks of one ``point`` of the container's life; the first failure is raised."""

@@ -455,6 +455,9 @@ class Sandbox:
         except KatapyError as error:
             process.lose(error)
         else:
+            if oom_killed and not process.exec_id and (container := self._containers.get(process.container_id)):
+                # Whoever hears of the end looks for it at once.
+                self._host.tell_oom(container)
             process.finish(status, oom_killed=oom_killed)
         if not process.exec_id and (container := self._containers.get(process.container_id)):
             container.record.stopped(process.exit.status if process.exit else _KILLED)

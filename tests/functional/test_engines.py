@@ -6,56 +6,22 @@ and the test is skipped with it.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import select
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine import Done, Engine
-from harness import DEADLINE, await_ends, descendants, make_busybox
+from facts import FACTS, TYPED, difference, on_terminal
+from harness import await_ends, descendants, make_busybox
 
 CONMON_SECONDS = 10.0
 SOURCE = Path(__file__).resolve().parents[2]
-
-# What a container may look at, as lines that must be the same with any runtime (/dev/core goes by the kernel).
-FACTS = r"""
-part() { echo "== $1"; }
-part identity; id; grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask|SigBlk)' /proc/self/status
-part environment; env | sort
-part place; pwd; stat -c '%a %u:%g' .; hostname; cat /etc/hostname; grep -c . /etc/hosts
-part limits; grep -v 'pending signals' /proc/self/limits; cat /proc/self/oom_score_adj
-part devices; stat -c '%A %u:%g %t:%T %N' /dev/* /dev/pts/* | grep -v /dev/core
-part modes; stat -c '%a %u:%g %F %n' / /dev /dev/shm /dev/mqueue /proc /sys /run /tmp /var/tmp /new /ro /rw 2> /dev/null
-part sizes; for place in /dev /dev/shm $(grep -o " /tmp " /proc/mounts); do
-    df -k $place | tail -n 1 | awk '{print $2, $6}'
-done
-part options; while read -r _ place _ options _; do
-    case $place in
-    # Which of those to hide or protect there are, is the kernel's affair.
-    /sys/* | /proc/acpi | /proc/asound | /proc/bus | /proc/fs | /proc/irq | /proc/kcore | /proc/keys) ;;
-    /proc/latency_stats | /proc/sched_debug | /proc/scsi | /proc/sysrq-trigger | /proc/timer*) ;;
-    *) echo "$place $(echo "$options" | tr ',' '\n' |
-        grep -xE 'ro|rw|nosuid|noexec|relatime|noatime|(gid|ptmxmode)=.*' | tr '\n' ',')" ;;
-    esac
-done < /proc/mounts | sort
-part hidden; for path in /proc/keys /proc/timer_list /proc/acpi /proc/scsi /sys/firmware; do
-    [ -e $path ] && stat -c '%F %t:%T %n' $path && cat $path 2> /dev/null | head -c 1 | wc -c
-done
-part writable; for path in / /etc /dev /dev/shm /run /tmp /new /ro /rw /root /sys; do
-    touch $path/probe 2> /dev/null && echo $path && rm $path/probe
-done
-part kernel; for path in sys/kernel/hostname sysrq-trigger irq bus fs; do
-    grep -c " /proc/${path%%/*} ro," /proc/mounts; done; mount -t tmpfs x /tmp 2> /dev/null && echo mounted
-part process; tr '\\0' ' ' < /proc/1/cmdline; ls /proc/self/fd | wc -l
-"""
 
 
 @pytest.fixture
@@ -166,7 +132,7 @@ def test_a_container_s_life(engine: Engine) -> None:
     assert engine.podman("exec", *options, "c1", "sh", "-c", "id -u; pwd; echo $A").out.split() == ["1000", "/tmp", "c"]
     for program, status in (("nonesuch", 127), ("/etc/passwd", 126)):
         assert engine.podman("exec", "c1", program, check=False).status == status
-    assert _on_terminal(engine, "podman", "exec", "-it", "c1", "sh", "-c", "tty; read x; exit $x") == 6
+    assert on_terminal(engine, "podman", "exec", "-it", "c1", "sh", "-c", TYPED) == 6
 
     engine.podman("stop", "c1")
     state = _inspect(engine, "c1")
@@ -187,27 +153,10 @@ def test_a_container_s_life(engine: Engine) -> None:
     assert engine.podman("ps", "--all", "--quiet").out == ""
 
 
-def _on_terminal(engine: Engine, *argv: str) -> int:
-    """Run a command on a terminal of its own, answer ``6`` once it has said which, and return its status."""
-    master, slave = os.openpty()
-    with subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=engine.env, cwd=engine.directory) as run:
-        os.close(slave)
-        seen = b""
-        while b"/dev/pts/" not in seen and b"/dev/console" not in seen:
-            assert select.select([master], [], [], DEADLINE)[0], f"nothing but {seen!r}"
-            seen += os.read(master, 1024)
-        os.write(master, b"6\r")
-        with suppress(OSError):  # the last one has closed it
-            while select.select([master], [], [], DEADLINE)[0] and os.read(master, 1024):
-                pass
-        os.close(master)
-        return run.wait(DEADLINE)
-
-
 def test_terminal(engine: Engine) -> None:
     """And --rm: nothing is left of it."""
     argv = engine.create("run", "--rm", "-it", "--rootfs", engine.rootfs)
-    assert _on_terminal(engine, *argv, "sh", "-c", "test -t 0 && test -t 2 && tty; read x; exit $x") == 6
+    assert on_terminal(engine, *argv, "sh", "-c", TYPED) == 6
 
 
 def test_limits(engine: Engine) -> None:
@@ -267,8 +216,7 @@ def test_a_container_sees_what_it_sees_with_runc(engine: Engine, options: list[s
             pytest.skip(f"podman cannot run runc on this machine either: {done.err.strip()}")
         found.append(f"{done.out}status {done.status}".splitlines())
     assert len(found[0]) > 60, done.err
-    difference = list(difflib.unified_diff(found[0], found[1], "runc", "katapy", n=1, lineterm=""))
-    assert not difference, "\n".join(difference)
+    assert not (unlike := difference(*found)), unlike
 
 
 def test_volumes(engine: Engine) -> None:
