@@ -145,7 +145,7 @@ class Spec:
     @property
     def sandbox(self) -> str:
         """The id of the pod's sandbox that this container joins; empty for one with a VM of its own."""
-        return sandbox_of(self.annotations)
+        return sandbox_of(self.annotations, shares=any(namespace.path for namespace in self.linux.namespaces))
 
     @property
     def joined_namespaces(self) -> tuple[str, ...]:

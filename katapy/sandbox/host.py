@@ -22,6 +22,7 @@ from katapy.errors import KatapyError, Timeout
 from katapy.hypervisor.accel import Kind, probe, require
 from katapy.oci.hooks import Hook
 from katapy.oci.linux import Resources
+from katapy.oci.pod import MANAGER
 from katapy.sandbox.container import Container
 from katapy.sandbox.hooks import run_hook
 from katapy.sandbox.host_cgroup import HostCgroup, boot_limits, run_limits, update_limits
@@ -31,8 +32,6 @@ from katapy.state import DEFAULT_ROOT, Status, state_json
 
 log = logging.getLogger(__name__)
 
-# Only podman and CRI-O say in an annotation that they manage a container.
-_MANAGER: Final = "io.container.manager"
 # Whoever creates a container has its stand-in ready.
 _ANNOUNCE_DEADLINE: Final = 60.0
 
@@ -77,7 +76,7 @@ class Host:
 
     def tell_oom(self, container: Container) -> None:
         """Leave the file by which podman and CRI-O know that memory ran out: their conmon sees a cgroup of the host."""
-        if _MANAGER not in container.bundle.spec.annotations:
+        if MANAGER not in container.bundle.spec.annotations:
             return
         path = f"{container.bundle.path}/oom"
         try:

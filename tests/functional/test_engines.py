@@ -39,6 +39,8 @@ def engine(host: None) -> Iterator[Engine]:
 
 def _clean_up(made: Engine, known: Collection[int]) -> None:
     left = list(made.containers())
+    if left:
+        made("podman", "pod", "rm", "--all", "--force", "--time", "0", check=False)
     for name in left:
         made("podman", "rm", "--force", "--time", "0", name, check=False)
     # It may still be tidying up after its container, in its cgroup; who stays longer is for ``host`` to find.
@@ -134,6 +136,12 @@ def test_a_container_s_life(engine: Engine) -> None:
         assert engine.podman("exec", "c1", program, check=False).status == status
     assert on_terminal(engine, "podman", "exec", "-it", "c1", "sh", "-c", TYPED) == 6
 
+    figures = json.loads(engine.podman("stats", "--no-stream", "--format", "json", "c1").out)[0]
+    assert int(figures["pids"]) > 5  # the VM's, on the host
+    engine.podman("pause", "c1")
+    assert _inspect(engine, "c1")["Status"] == "paused"
+    engine.podman("unpause", "c1")
+
     engine.podman("stop", "c1")
     state = _inspect(engine, "c1")
     assert (state["Status"], state["ExitCode"], state["Pid"]) == ("exited", 5, 0)
@@ -153,6 +161,31 @@ def test_a_container_s_life(engine: Engine) -> None:
     assert engine.podman("ps", "--all", "--quiet").out == ""
 
 
+def test_copies(engine: Engine) -> None:
+    """Into and out of a running container; they were into and out of the host, where podman looks by the pid.
+
+    What only the guest has, it cannot have: that is refused, and nothing goes elsewhere.
+    """
+    given, volume = engine.directory / "given", engine.directory / "volume"
+    given.write_text("given\n")
+    volume.mkdir()
+    options = ("--tmpfs", "/tmp", "--volume", f"{volume}:/volume", "--volume", f"{volume}:/kept:ro")
+    engine.run("--detach", "--name", "c1", *options, "--rootfs", engine.rootfs, "sleep", "1000")
+    name = f"katapy-copy-{os.getpid()}"
+    engine.podman("cp", given, f"c1:/{name}")
+    engine.podman("cp", given, f"c1:/volume/{name}")
+    assert engine.podman("exec", "c1", "cat", f"/{name}", f"/volume/{name}").out == "given\n" * 2
+    assert not Path("/", name).exists()
+    engine.podman("cp", "c1:/etc/passwd", engine.directory / "taken")
+    assert (engine.directory / "taken").read_text() == Path(engine.rootfs, "etc/passwd").read_text()
+    for place in ("tmp", "kept"):
+        refused = engine.podman("cp", given, f"c1:/{place}/new", check=False)
+        assert "read-only file system" in refused.err
+        assert not Path("/", place, "new").exists()
+    assert os.listdir(volume) == [name]
+    engine.podman("rm", "--force", "--time", "0", "c1")
+
+
 def test_terminal(engine: Engine) -> None:
     """And --rm: nothing is left of it."""
     argv = engine.create("run", "--rm", "-it", "--rootfs", engine.rootfs)
@@ -167,9 +200,12 @@ def test_limits(engine: Engine) -> None:
         read -r _ refused < pids.events; echo $((refused > 0))
         exec tail /dev/zero"""
     limits = ("--memory", "64m", "--memory-swap", "64m", "--cpus", "0.5", "--pids-limit", "10")
-    done = engine.run("--rm", *limits, "--rootfs", engine.rootfs, "sh", "-c", script, check=False)
+    done = engine.run("--name", "c1", *limits, "--rootfs", engine.rootfs, "sh", "-c", script, check=False)
     assert done.out.split() == [str(64 << 20), "10", "50000", "100000", "1"]
     assert done.status == 137
+    # Which podman's conmon cannot see: the cgroup that it watches is another.
+    assert _inspect(engine, "c1")["OOMKilled"]
+    engine.podman("rm", "c1")
 
 
 _CONFINED = [
@@ -281,6 +317,67 @@ def test_networks(engine: Engine, elsewhere: Callable[..., Done]) -> None:
     assert elsewhere(*page).out == Path(engine.rootfs, "etc/passwd").read_text()
     elsewhere("podman", "rm", "--force", "--time", "0", "web")
     elsewhere("podman", "network", "rm", "own")
+
+
+def test_a_pod(engine: Engine, elsewhere: Callable[..., Done]) -> None:
+    """Its infra container is the sandbox: one VM, one network, a published port; and all of it stops and starts."""
+    podman = ("podman", "--runtime", "katapy")
+    shared = ("--share", "net,ipc,uts,pid", "--hostname", "inside", "--publish", "8082:80")
+    elsewhere(*podman, "pod", "create", "--name", "p1", *shared, "--cgroup-parent", engine.cgroup)
+    run = (*podman, "run", "--pod", "p1", "--rootfs", engine.rootfs)
+    elsewhere(*run[:-2], "--detach", "--name", "web", *run[-2:], "httpd", "-f", "-p", "80", "-h", "/etc")
+    script = """
+        hostname; wget -q -O- http://127.0.0.1/group; ps -o args | grep -cE '^(httpd -f|.catatonit -P)'
+        ls /sys/class/net; cat /sys/fs/cgroup/memory.max /proc/sys/kernel/random/boot_id; echo shared > /dev/shm/file
+    """
+    seen = elsewhere(*run[:-2], "--rm", "--memory", "32m", *run[-2:], "sh", "-c", script).out
+    group = Path(engine.rootfs, "etc/group").read_text()
+    look = ("exec", "web", "cat", "/proc/sys/kernel/random/boot_id", "/dev/shm/file")
+    boot, shared_file = engine.podman(*look).out.splitlines()
+    assert seen == f"inside\n{group}2\neth0\nlo\n{32 << 20}\n{boot}\n"
+    assert shared_file == "shared"
+    page = ("busybox", "wget", "-q", "-O-", "http://127.0.0.1:8082/group")
+    assert elsewhere(*page).out == group
+
+    def status() -> str:
+        return engine.podman("pod", "inspect", "p1", "--format", "{{.State}}").out.strip()
+
+    assert status() == "Running"
+    elsewhere(*podman, "pod", "pause", "p1")
+    assert status() == "Paused"
+    elsewhere(*podman, "pod", "unpause", "p1")
+    elsewhere(*podman, "pod", "stop", "--time", "0", "p1")
+    assert status() == "Exited"
+    elsewhere(*podman, "pod", "start", "p1")
+    assert engine.podman("exec", "web", "cat", "/proc/sys/kernel/random/boot_id").out.strip() != boot
+    elsewhere(*podman, "pod", "rm", "--force", "--time", "0", "p1")
+
+
+CONTAINERFILE = """
+FROM scratch AS base
+COPY rootfs /
+ENV PATH=/bin WORD=built
+FROM base AS tools
+RUN uname -r > /kernel && echo "$WORD" > /word && mkdir /srv && chown user /srv
+FROM base
+COPY --from=tools /kernel /word /
+COPY --from=tools --chown=user /srv /srv
+USER user
+WORKDIR /srv
+RUN id -u > who && pwd > where && ! touch /kernel 2> /dev/null
+CMD cat /kernel /word who where
+"""
+
+
+def test_an_image_that_is_built(engine: Engine) -> None:
+    """From a Containerfile, each RUN in a VM; then it runs."""
+    (engine.directory / "Containerfile").write_text(CONTAINERFILE)
+    options = ("--isolation", "oci", "--network", "none", "--runtime", engine.directory / "katapy")
+    engine("buildah", "build", *options, "--tag", "localhost/image", ".")
+    kernel, *rest = engine.run("--rm", "localhost/image").out.splitlines()
+    assert kernel != os.uname().release
+    assert rest == ["built", "1000", "/srv"]
+    engine("podman", "image", "rm", "--all", "--force")
 
 
 def test_buildah(engine: Engine) -> None:
