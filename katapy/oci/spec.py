@@ -47,7 +47,7 @@ from katapy.oci.node import (
     text,
 )
 from katapy.oci.pod import is_sandbox, sandbox_of
-from katapy.oci.process import ProcessSpec, process
+from katapy.oci.process import ProcessSpec, Rlimit, process
 from katapy.oci.seccomp import Seccomp, parse_seccomp
 
 # What containers of a pod can have in common.
@@ -182,11 +182,12 @@ class Spec:
             _document={**self._document, "mounts": mounts},
         )
 
-    def to_guest(self, *, root: str, sources: Mapping[int, str]) -> bytes:
+    def to_guest(self, *, root: str, sources: Mapping[int, str], rlimits: Sequence[Rlimit] = ()) -> bytes:
         """Return the config.json for the guest agent: the same document, with paths that are valid in the guest.
 
-        ``root`` is the root file system's path in the guest, ``sources`` each bind mount's, by its index. Of the hooks
-        it has those that run in the container. Raises Internal when ``sources`` does not name exactly the bind mounts.
+        ``root`` is the root file system's path in the guest, ``sources`` each bind mount's, by its index, ``rlimits``
+        what the process has of those that ``process.rlimits`` does not name. Of the hooks it has those that run in the
+        container. Raises Internal when ``sources`` does not name exactly the bind mounts.
         """
         indexes = {bind.index for bind in self.bind_mounts}
         if indexes != sources.keys():
@@ -209,7 +210,7 @@ class Spec:
                 {**given, "destination": mount.destination, **({"source": sources[index]} if index in sources else {})}
                 for index, (given, mount) in enumerate(zip(document["mounts"], self.mounts, strict=True))
             ]
-        document["process"] = self.process.document
+        document["process"] = self.process.with_limits(rlimits).document
         return dump(document)
 
     def _on_host(self, path: str) -> str:

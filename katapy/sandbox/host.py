@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from katapy.hypervisor.accel import Kind, probe, require
 from katapy.oci.hooks import Hook
 from katapy.oci.linux import Resources
 from katapy.oci.pod import MANAGER
+from katapy.oci.process import RLIMITS, Rlimit
 from katapy.sandbox.container import Container
 from katapy.sandbox.hooks import run_hook
 from katapy.sandbox.host_cgroup import HostCgroup, boot_limits, run_limits, update_limits
@@ -32,6 +34,8 @@ from katapy.state import DEFAULT_ROOT, Status, state_json
 
 log = logging.getLogger(__name__)
 
+# What the guest's kernel lets a process open at most (fs.nr_open); the host's may let it open more.
+_FILES_MAX: Final = 1 << 20
 # Whoever creates a container has its stand-in ready.
 _ANNOUNCE_DEADLINE: Final = 60.0
 
@@ -144,6 +148,18 @@ class Host:
 
     def _stands_alone(self, process: GuestProcess) -> bool:
         return process.host_pid not in (0, self.creator)
+
+
+def inherited_limits() -> list[Rlimit]:
+    """Return this process's resource limits, which are its caller's: what a container has where it is told nothing."""
+    found = []
+    for name in RLIMITS:
+        if (number := getattr(resource, name, None)) is not None:
+            # -1 is no limit.
+            soft, hard = (value & (1 << 64) - 1 for value in resource.getrlimit(number))
+            most = _FILES_MAX if name == "RLIMIT_NOFILE" else hard
+            found.append(Rlimit(name, min(soft, most), min(hard, most)))
+    return found
 
 
 async def await_stand_in(process: GuestProcess) -> None:

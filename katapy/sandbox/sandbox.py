@@ -25,7 +25,7 @@ from katapy.oci.update import parse_change
 from katapy.proto import agent_pb2
 from katapy.sandbox.container import Container
 from katapy.sandbox.hooks import hooks_seconds
-from katapy.sandbox.host import Host, await_stand_in, remove_cgroup
+from katapy.sandbox.host import Host, await_stand_in, inherited_limits, remove_cgroup
 from katapy.sandbox.host_cgroup import HostCgroup
 from katapy.sandbox.machine import Machine, start_machine
 from katapy.sandbox.network import SandboxNetwork
@@ -422,7 +422,7 @@ class Sandbox:
             bind.index: add(f"mount{bind.index}", bind.source, read_only=bind.read_only, recursive=bind.recursive)
             for bind in spec.bind_mounts
         }
-        return spec.to_guest(root=root, sources=sources)
+        return spec.to_guest(root=root, sources=sources, rlimits=inherited_limits())
 
     async def _create_in_guest(self, machine: Machine, process: GuestProcess, names: list[str], spec: bytes) -> int:
         stdio = await self._open_streams(machine, process, names)
