@@ -67,6 +67,10 @@ class Sandbox:
         self._failure_watch: asyncio.Task[None] | None = None
         self._watches: list[asyncio.Task[None]] = []
 
+    def configure(self, config: Config) -> None:
+        """Use another configuration for the VM, which the first container brings up."""
+        self._config = config
+
     @property
     def empty(self) -> bool:
         """Whether no container is left."""

@@ -125,6 +125,22 @@ def refusal(call: Callable[[], object]) -> int:
     return refused.value.code
 
 
+def field(number: int, value: bytes | int) -> bytes:
+    """Encode a field of a protobuf message: katapy has no message for what containerd says at a start."""
+
+    def varint(number: int) -> bytes:
+        return bytes([number & 0x7F | 0x80]) + varint(number >> 7) if number > 0x7F else bytes([number])
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def runtime_options(file: Path) -> AnyMessage:
+    """Return the options of a runtime that is not runc: runtimeoptions.v1.Options, with a configuration file."""
+    return AnyMessage(type_url="runtimeoptions.v1.Options", value=field(1, b"toml") + field(2, os.fsencode(file)))
+
+
 # CRI-O
 
 
@@ -177,7 +193,9 @@ class Pod:
         if memory:
             spec["linux"]["resources"]["memory"] = {"limit": memory, "swap": memory}
 
-    def create(self, container: str, *args: str, memory: int = 0) -> tuple[Task, Path, Streams, dict[str, Any]]:
+    def create(
+        self, container: str, *args: str, memory: int = 0, configuration: Path | None = None
+    ) -> tuple[Task, Path, Streams, dict[str, Any]]:
         """Create a container; CRI-O talks to the shim by the connection of the latest one. Returns what it has."""
         top = self.directory / "overlay-containers" / container
         top.mkdir(parents=True)
@@ -192,7 +210,9 @@ class Pod:
         assert (bundle / "address").read_text() == address
         streams = Streams(self.directory / "fifo" / container)
         task = Task(self.program.connect(address))
-        pid = task.create(container, bundle, streams)
+        # Its start has nothing on standard input.
+        options = runtime_options(configuration) if configuration else None
+        pid = task.create(container, bundle, streams, options=options)
         if container == self.id:
             self._pid = pid
         return task, bundle, streams, json.loads((bundle / "config.json").read_text())
@@ -227,6 +247,17 @@ def test_a_pod_of_crio_s(directory: Path, crio: Program, busybox: Path) -> None:
         streams.end()
     assert not socket_link(state_root("", "default"), pod.id).is_symlink()
     crio.await_log(b"is gone")
+
+
+def test_a_configuration_of_crio_s(directory: Path, crio: Program, busybox: Path) -> None:
+    """`runtime_config_path` comes with Create only. One that is wrong is an error, and of its pod nothing is left."""
+    file = directory / "katapy.toml"
+    file.write_text("[nonsense]\n")
+    with namespaces(directory, "ipc", "uts") as paths:
+        pod = Pod(directory, busybox, crio, paths)
+        with pytest.raises(Refused, match="nonsense"):
+            pod.create(pod.id, *SLEEP, configuration=file)
+        assert crio.connections[-1].wait_closed()
 
 
 def _use(pod: Pod, sandbox: Task) -> None:
@@ -313,17 +344,6 @@ def _run_out_of_memory(pod: Pod) -> None:
 # containerd 2.3
 
 
-def field(number: int, value: bytes | int) -> bytes:
-    """Encode a field of a protobuf message: katapy has no message for what containerd says at a start."""
-
-    def varint(number: int) -> bytes:
-        return bytes([number & 0x7F | 0x80]) + varint(number >> 7) if number > 0x7F else bytes([number])
-
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
 class Containerd:
     """containerd 2.3 below a directory: its sockets, its events, its bundles."""
 
@@ -346,9 +366,8 @@ class Containerd:
 
     @property
     def options(self) -> AnyMessage:
-        """The runtime's options: runtimeoptions.v1.Options, with a configuration file for katapy."""
-        value = field(1, b"toml") + field(2, os.fsencode(self.config))
-        return AnyMessage(type_url="runtimeoptions.v1.Options", value=value)
+        """The runtime's options, which name a configuration file for katapy."""
+        return runtime_options(self.config)
 
     def parameters(self, container: str) -> bytes:
         """Return BootstrapParams, which `start` reads from standard input."""
