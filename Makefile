@@ -51,8 +51,9 @@ $(HELLO)/config.json: build/packages $(wildcard /bin/busybox) $(addprefix $(HELL
 
 test: setup lint ## all tests but the long ones; as root
 	@scripts/setup test-tools
-	@for tests in tests/unit guest-agent/tests tests/integration tests/functional 'tests/functional --starts cold'; do \
+	@for tests in tests/unit guest-agent/tests tests/integration; do \
 		echo "$$tests:"; $(BIN)/pytest -q -m 'not soak' $$tests || exit 1; done
+	@echo tests/functional:; $(BIN)/python scripts/functional_tests.py
 
 unit: .venv/installed ## the tests that need no root and no virtual machine
 	@$(BIN)/pytest -q -m 'not root and not vm and not soak' tests/unit
@@ -67,7 +68,7 @@ bench: setup ## measure, and write docs/performance.md; BENCH='--quick --only st
 lint: .venv/installed ## ruff, mypy --strict, the layers
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
-	@for code in 'katapy guest-agent/katapy_agent' images guest-kernel bench guest-agent/tests tests/conftest.py $(wildcard tests/*/); do \
+	@for code in 'katapy guest-agent/katapy_agent' images guest-kernel bench scripts guest-agent/tests tests/conftest.py $(wildcard tests/*/); do \
 		$(BIN)/mypy --no-error-summary $$code || exit 1; done
 	@PYTHONPATH=guest-agent $(BIN)/lint-imports --no-logo
 

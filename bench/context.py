@@ -17,6 +17,7 @@ class Plan:
     long_runs: int = 5
     at_once: tuple[int, ...] = (1, 4, 16)
     pods: tuple[int, ...] = (1, 10, 50)
+    engine_pods: tuple[int, ...] = (1, 20)
     stream_bytes: int = 256 << 20
     file_bytes: int = 64 << 20
     reads: int = 4096
@@ -28,6 +29,7 @@ QUICK = Plan(
     long_runs=2,
     at_once=(1, 2),
     pods=(1, 3, 5),
+    engine_pods=(1, 3),
     stream_bytes=64 << 20,
     file_bytes=32 << 20,
     reads=2048,

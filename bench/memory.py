@@ -22,7 +22,7 @@ from katapy.state import StateDir
 BARE: Final = "bare VM"
 WHOLE: Final = "whole pod"
 # A pod goes on for a moment after it has said that its container runs. There is no event that says it is idle.
-_SETTLE: Final = 3.0
+SETTLE: Final = 3.0
 _RESERVE: Final = 2 << 30  # bytes that stay the host's
 
 
@@ -53,6 +53,11 @@ def pod_memory(root: Path, container_id: str) -> Counter[str]:
     roots = {helper.pid: helper.name for helper in state.helpers} | {state.pid: "stand-in"}
     if state.shim is not None:
         roots[state.shim.pid] = "shim"
+    return tree_memory(roots)
+
+
+def tree_memory(roots: Mapping[int, str]) -> Counter[str]:
+    """Return the PSS in bytes of ``roots`` and of all that is below them, by the names that they have there."""
     memory: Counter[str] = Counter()
     for pid, part in assign_parts(_parents(), roots).items():
         memory[part] += _pss(pid)
@@ -99,7 +104,7 @@ def _measure_pods(recorder: Recorder, bench: Bench, runtime: Runtime, counts: tu
                 if not _has_room(count - len(ids), runtime, ids[0]):
                     recorder.note(f"only {len(ids)} pods of {count}: the host's memory would not do")
                     return
-            time.sleep(_SETTLE)
+            time.sleep(SETTLE)
             _record_memory(recorder, runtime, ids)
             for _ in range(min(bench.plan.runs, 5)):
                 recorder.add(f"{name}, {_alive(count)}", runtime.run(true), beside=f"{name}, no pod alive")

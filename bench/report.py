@@ -20,6 +20,7 @@ _TITLES: Final = {
     "streams": "Streams",
     "virtiofs": "virtio-fs",
     "network": "Networks",
+    "engines": "Pods through containerd",
     "cli": "Small verbs",
 }
 

@@ -28,6 +28,7 @@ from typing import Any, Final
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import cli
+import engines
 import machine
 import memory
 import network
@@ -63,6 +64,7 @@ _GROUPS: Final[dict[str, tuple[Callable[[Bench], Recorder], ...]]] = {
     "streams": (streams.measure,),
     "virtiofs": (virtiofs.measure,),
     "network": (network.measure,),
+    "engines": (engines.measure,),
     "cli": (cli.measure,),
 }
 

@@ -2,8 +2,8 @@
 
 A started process has a list of arguments, an explicit environment and explicit descriptors, a session of its own
 and /dev/null as standard input. It is watched and signalled by pidfd, never by pid, and it dies with its owner:
-the kernel kills it when the thread that started it ends (PR_SET_PDEATHSIG, set by setpriv(1) just before exec).
-Start processes from the main thread only.
+the kernel kills it when the thread that started it ends (PR_SET_PDEATHSIG, set by setpriv(1)), and it does not begin
+where that happened before. Start processes from the main thread only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     "LC_ALL": "C.UTF-8",
 }
 SETPRIV: Final = "/usr/bin/setpriv"
+# Between fork and PR_SET_PDEATHSIG the end of the owner goes unnoticed: then somebody else is the parent by now. The
+# first process of a PID namespace sees no parent, 0: only stand-ins are that, and their shim's socket tells them.
+_UNLESS_ORPHAN: Final = ("/bin/sh", "-c", 'case $PPID in "$0" | 0) exec "$@" ;; esac')
 # A process stuck in the kernel does not see even SIGKILL. It must not hold up the end of everything else.
 _KILL_SECONDS: Final = 10.0
 
@@ -166,6 +169,7 @@ def start(
     # setpriv sets the death signal last, which matters: the kernel clears it when the ids change.
     options += ["--pdeathsig", "KILL"] if die_with_owner else []
     prefix = [SETPRIV, *options, "--"] if options else []
+    prefix += [*_UNLESS_ORPHAN, str(os.getpid())] if die_with_owner else []
     null = subprocess.DEVNULL
     try:
         popen = subprocess.Popen(

@@ -25,7 +25,7 @@ _KILL_SECONDS: Final = 10.0
 _RETRY_SECONDS: Final = 0.02
 _PATH_MAX: Final = 4096
 # Says of a directory that katapy made it: the last of several pods below one parent removes that, whoever made it.
-_MARK: Final = "trusted.katapy"
+MARK: Final = "trusted.katapy"
 
 
 class Record(NamedTuple):
@@ -146,7 +146,7 @@ def remove_parents(path: str, record: Record, layout: Layout) -> None:
 def mark(fd: int) -> None:
     """Mark the directory behind ``fd`` as made by katapy, where the kernel can."""
     with contextlib.suppress(OSError):
-        os.setxattr(fd, _MARK, b"1")
+        os.setxattr(fd, MARK, b"1")
 
 
 def read(path: str) -> str:
@@ -179,7 +179,7 @@ def _is_made(path: str, record: Record) -> bool:
     if path in record.made:
         return True
     try:
-        return os.getxattr(path, _MARK) == b"1"
+        return os.getxattr(path, MARK) == b"1"
     except OSError:
         return False
 

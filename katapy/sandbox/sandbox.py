@@ -63,6 +63,7 @@ class Sandbox:
         self._containers: dict[str, Container] = {}
         self._stack = AsyncExitStack()
         self._machine: Machine | None = None
+        self._network: SandboxNetwork | None = None
         self._starting = asyncio.Lock()
         self._failure_watch: asyncio.Task[None] | None = None
         self._watches: list[asyncio.Task[None]] = []
@@ -164,6 +165,9 @@ class Sandbox:
                 await machine.guarded(self._exec_in_guest(machine, process, container.exec_specs[exec_id]))
                 process.watch = asyncio.create_task(self._watch(process), name=f"wait for {process.name}")
             else:
+                if self._network is not None:
+                    with phase("await the network"):
+                        await machine.guarded(self._network.settled())
                 hooks = hooks_seconds(container.bundle.spec.hooks.start_container)
                 with phase("start the container"):
                     await machine.guarded(machine.agent.start_container(container_id, hooks=hooks))
@@ -381,7 +385,7 @@ class Sandbox:
         async with self._starting:
             if self._machine is None:
                 machine, network = await self._start_machine(container, hooks)
-                self._machine = machine
+                self._machine, self._network = machine, network
                 self._failure_watch = asyncio.create_task(self._on_failure(machine), name="watch the machine")
                 self._watches = [
                     asyncio.create_task(self._on_events(machine), name="watch the guest's events"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ from katapy.shim.standin import StandIns
 from katapy.shim.wire import parse_bootstrap
 from katapy.state import Status
 from katapy.storage.rootfs import RootMount, mount_rootfs, unmount_rootfs
+from katapy.timing import phase
 
 _STATUS: Final = {
     Status.CREATING: pb.CREATED,
@@ -77,7 +78,9 @@ class TaskService:
             if self._sandbox.empty and (file := parse_bootstrap(request.options.SerializeToString()).config):
                 # CRI-O names it here; containerd has done so at the start, and does it again.
                 self._sandbox.configure(await asyncio.to_thread(Config.load, Path(file)))
-            process = await self._create(request, stdio)
+            # Of the command line's own time this is nearly all, and it says so itself.
+            with nullcontext() if stdio.attached else phase("answer Create"):
+                process = await self._create(request, stdio)
         except BaseException:
             if self._sandbox.empty:
                 self.done.set()
@@ -114,7 +117,8 @@ class TaskService:
             await self._start(process)
             return pb.StartResponse(pid=process.host_pid)
         async with followed.starting:
-            await self._start(process)
+            with phase("answer Start"):
+                await self._start(process)
             if request.exec_id:
                 self._publisher.publish(
                     events.TaskExecStarted(container_id=request.id, exec_id=request.exec_id, pid=process.host_pid)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -18,12 +19,17 @@ from pathlib import Path
 import pytest
 from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_bundle, make_busybox
 
-_GONE_WITHIN = 10.0
+from katapy.cgroups.directory import MARK
+
+_GONE_WITHIN = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 # Those of templates say for themselves how their VMs start; of engines one is enough, since all call the same.
-_STARTS_OF_THEIR_OWN = ("test_restored.py", "test_containerd.py", "test_cri.py", "test_docker.py")
+_STARTS_OF_THEIR_OWN = (
+    *("test_restored.py", "test_containerd.py", "test_cri.py", "test_docker.py"),
+    "test_played_engines.py",
+)
 _COLD = "[hypervisor]\ntemplate = false\n"
 
 
@@ -82,8 +88,9 @@ def _mounts() -> list[str]:
     return [line.split(" ", 3)[3] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
 
 
-def _cgroups() -> set[str]:
-    found, pending = set(), ["/sys/fs/cgroup"]
+def _cgroups(top: str = "/sys/fs/cgroup") -> set[str]:
+    """Return the directories at and below ``top``; they may be deeper than Python recurses."""
+    found, pending = set(), [top]
     while pending:
         path = pending.pop()
         found.add(path)
@@ -94,19 +101,29 @@ def _cgroups() -> set[str]:
 
 
 def _left_cgroups(known: set[str]) -> set[str]:
-    """Return new cgroups that nothing is in: whatever else runs on this machine may make its own, and uses them.
+    """Return new cgroups of katapy's that nothing is in: other tests may run at the same time, and use theirs.
 
     None of our processes is left when this is called. What others make is empty for a moment at each end.
     """
     deadline = time.monotonic() + _GONE_WITHIN
-    while (left := {path for path in _cgroups() - known if not _in_use(path)}) and time.monotonic() < deadline:
-        continue
+    while left := {path for path in _cgroups() - known if _is_katapys(path) and not _in_use(path)}:
+        if time.monotonic() > deadline:
+            break
     return left
+
+
+def _is_katapys(cgroup: str) -> bool:
+    """Tell whether katapy has made it. Where the kernel keeps no mark, anybody's is taken for that."""
+    try:
+        os.getxattr(cgroup, MARK)
+    except OSError as error:
+        return error.errno == errno.EOPNOTSUPP
+    return True
 
 
 def _in_use(cgroup: str) -> bool:
     with contextlib.suppress(OSError):
-        return any(procs.read_text() for procs in Path(cgroup).rglob("cgroup.procs"))
+        return any(Path(path, "cgroup.procs").read_text() for path in _cgroups(cgroup))
     return True
 
 

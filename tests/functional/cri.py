@@ -6,16 +6,21 @@ The messages are generated from cri.proto when a test needs them.
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+from containerd_daemon import Containerd, start_containerd, write_image
 from harness import DEADLINE
 
 HANDLER = "katapy"
+SLEEP = ("sleep", "1000")
 PAUSE = "localhost/pause:test"
 CONFIG = """
 version = 2
@@ -37,6 +42,8 @@ conf_dir = "{directory}/cni"
 default_runtime_name = "%(handler)s"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.%(handler)s]
 runtime_type = "io.containerd.katapy.v2"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
 """ % {"pause": PAUSE, "handler": HANDLER}  # noqa: UP031 - braces are for the directory
 NETWORK = """{{
   "cniVersion": "0.4.0", "name": "katapy-test",
@@ -46,6 +53,30 @@ NETWORK = """{{
     }}}}
   ]
 }}"""
+
+
+@contextmanager
+def start_plugin(directory: Path, rootfs: Path) -> Iterator[Containerd]:
+    """Run a daemon with the plugin, in a network namespace of its own, as ``start_containerd`` does."""
+    with _own_network() as network:
+        (directory / "cni").mkdir()
+        (directory / "cni/10-test.conflist").write_text(NETWORK.format(directory=directory))
+        with start_containerd(directory, rootfs, CONFIG, network=network, namespace="k8s.io") as containerd:
+            write_image(directory / "pause.tar", rootfs, PAUSE, SLEEP)
+            containerd("images", "import", "--no-unpack", directory / "pause.tar")
+            yield containerd
+
+
+@contextmanager
+def _own_network() -> Iterator[str]:
+    """Have a network namespace, so that what CNI makes is not the host's, and yield its name."""
+    name = f"katapy-cri-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
 def load_messages(directory: Path) -> Any:
@@ -92,9 +123,9 @@ class Cri:
             ),
         )
 
-    def run_pod(self, config: Any) -> str:
+    def run_pod(self, config: Any, handler: str = HANDLER) -> str:
         """Start a pod and return its id."""
-        request = self.messages.RunPodSandboxRequest(config=config, runtime_handler=HANDLER)
+        request = self.messages.RunPodSandboxRequest(config=config, runtime_handler=handler)
         return str(self.call("RunPodSandbox", request).pod_sandbox_id)
 
     def pod(self, method: str, pod: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,40 +12,21 @@ from pathlib import Path
 
 import grpc
 import pytest
-from containerd_daemon import CTR, IMAGE, Containerd, start_containerd, write_image
-from cri import CONFIG, NETWORK, PAUSE, Cri, load_messages
+from containerd_daemon import CTR, IMAGE, Containerd
+from cri import SLEEP, Cri, load_messages, start_plugin
 from harness import DEADLINE, descendants
 
 pytestmark = pytest.mark.skipif(
     not (CTR.exists() and Path("/usr/lib/cni/ptp").exists()), reason="containerd or CNI's plugins are not installed"
 )
-SLEEP = ("sleep", "1000")
 RUNNING, EXITED = 1, 2
-
-
-@contextmanager
-def own_network() -> Iterator[str]:
-    """Have a network namespace, so that what CNI makes is not the host's, and yield its name."""
-    name = f"katapy-cri-{os.getpid()}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
-        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-        yield name
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
 @pytest.fixture(scope="module")
 def daemon(busybox: Path) -> Iterator[Containerd]:
     """A daemon with the plugin, in a network namespace of its own."""
-    with tempfile.TemporaryDirectory(prefix="katapy-") as name, own_network() as network:
-        directory = Path(name)
-        (directory / "cni").mkdir()
-        (directory / "cni/10-test.conflist").write_text(NETWORK.format(directory=directory))
-        with start_containerd(directory, busybox, CONFIG, network=network, namespace="k8s.io") as containerd:
-            write_image(directory / "pause.tar", busybox, PAUSE, SLEEP)
-            containerd("images", "import", "--no-unpack", directory / "pause.tar")
-            yield containerd
+    with tempfile.TemporaryDirectory(prefix="katapy-") as name, start_plugin(Path(name), busybox) as containerd:
+        yield containerd
 
 
 @pytest.fixture(scope="module")

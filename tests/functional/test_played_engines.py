@@ -534,6 +534,35 @@ def test_a_pod_of_containerd_s(containerd: Containerd, busybox: Path) -> None:
     assert containerd.clean_up("p1", bundle).exit_status == 137
 
 
+def test_a_network_that_comes_before_the_start(containerd: Containerd, busybox: Path) -> None:
+    """As docker's does from version 26 on: a program that looked at once found none."""
+    containerd.config.write_text("")
+    with namespaces(containerd.directory) as paths:
+        streams = Streams(containerd.directory / "fifo")
+        kinds = ("pid", "ipc", "uts", "mount", "network")
+        task, bundle = containerd.create(
+            "c1",
+            busybox,
+            *("ip", "-o", "-4", "address", "show", "eth0"),
+            service=TASK_V2,
+            streams=streams,
+            namespaces=[{"type": kind} for kind in kinds],
+        )
+        inside = ["nsenter", f"--net=/proc/{task.state('c1').pid}/ns/net", "--", "ip"]
+        give = [*inside, "link", "add", "eth0", "type", "veth", "peer", "name", "pod1", "netns", str(paths["host"])]
+        for argv in (give, [*inside, "address", "add", "10.85.1.7/24", "dev", "eth0"]):
+            subprocess.run(argv, check=True)
+        subprocess.run([*inside, "link", "set", "eth0", "up"], check=True)
+        ended = task.begin_wait("c1")
+        task.start("c1")
+        assert ended() == 0
+        assert "inet 10.85.1.7/24" in streams.end()[0]
+        task.delete("c1")
+        task.shutdown("c1")
+        assert task.connection.wait_closed()
+        containerd.clean_up("c1", bundle)
+
+
 def test_a_pod_whose_sandbox_has_gone(containerd: Containerd, busybox: Path) -> None:
     """What `start` prints is the reason that the user reads, and nothing is left of it."""
     bundle = make_bundle(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +77,31 @@ def test_a_process_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPat
         run.start(SLEEP, name="the sleeper")
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
+
+
+def test_an_owner_that_is_killed_before_the_kernel_knows_whom_to_kill(tmp_path: Path) -> None:
+    """A QEMU lived on for ever whose shim was killed while it started it."""
+    setpriv, began = tmp_path / "setpriv", tmp_path / "began"
+    # Killed between fork and setpriv's prctl; this process is the orphan's parent then, or init.
+    setpriv.write_text(f"""#!/bin/sh
+        owner=$PPID
+        kill -KILL $owner
+        until grep -q '^State:.Z' /proc/$owner/status; do :; done
+        exec {run.SETPRIV} "$@"
+    """)
+    setpriv.chmod(0o755)
+    code = f"""if True:
+        import signal
+        from katapy import run
+        run.SETPRIV = {str(setpriv)!r}
+        run.start(["/usr/bin/touch", {str(began)!r}], name="the child", stderr=2)
+        signal.pause()
+    """
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as ending:
+        # The child holds the pipe until its end.
+        owner = subprocess.Popen([sys.executable, "-c", code], stderr=writing)
+        os.close(writing)
+        said = ending.read()
+    assert owner.wait() == -signal.SIGKILL
+    assert (said, began.exists()) == (b"", False)

@@ -1,0 +1,44 @@
+"""Runs the tests on virtual machines, restored ones and booted ones at once, as neither keeps two cores busy.
+
+functional_tests.py [ARGUMENT OF PYTEST...]. Each of the two sees its own mounts alone; what the second one prints comes
+last. The exit status is 0 where both pass.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+SOURCE = Path(__file__).resolve().parents[1]
+COLD_LOG = SOURCE / "build/functional-cold.log"
+PYTEST = ["unshare", "--mount", "--propagation", "private", ".venv/bin/pytest", "-q", "tests/functional"]
+
+
+def main() -> int:
+    """Run the tests."""
+    arguments = sys.argv[1:] or ["-m", "not soak"]
+    COLD_LOG.parent.mkdir(exist_ok=True)
+    with COLD_LOG.open("wb") as log:
+        warm = subprocess.Popen([*PYTEST, *arguments], cwd=SOURCE)
+        cold = subprocess.Popen([*PYTEST, *arguments, "--starts", "cold"], cwd=SOURCE, stdout=log, stderr=log)
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        # Which lets them end what they have started. A terminal has told both already.
+        for process in (warm, cold):
+            process.send_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    statuses = [warm.wait(), cold.wait()]
+    print("tests/functional --starts cold:", flush=True)
+    with COLD_LOG.open("rb") as printed:
+        shutil.copyfileobj(printed, sys.stdout.buffer)
+    return int(any(statuses))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
