@@ -186,7 +186,7 @@ class PodNetwork:
                 yield Change(self.network, nics, removed)
 
     async def settled(self) -> None:
-        """Wait until what has happened in the namespace by now was given by ``changes``, and whoever took it is done."""
+        """Wait until what has happened in the namespace by now was given by ``changes``, and who took it is done."""
         while not self._idle.is_set() or (self._watching is not None and select.select([self._watching], [], [], 0)[0]):
             self._idle.clear()
             await self._idle.wait()

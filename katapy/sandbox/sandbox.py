@@ -166,7 +166,7 @@ class Sandbox:
                 process.watch = asyncio.create_task(self._watch(process), name=f"wait for {process.name}")
             else:
                 if self._network is not None:
-                    with phase("await the network"):
+                    with phase("settle the network"):
                         await machine.guarded(self._network.settled())
                 hooks = hooks_seconds(container.bundle.spec.hooks.start_container)
                 with phase("start the container"):
