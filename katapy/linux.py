@@ -84,6 +84,11 @@ def umount(target: str, flags: int = 0) -> None:
     _check(_libc.umount2(os.fsencode(target), flags), target)
 
 
+def pivot_root(new_root: str, put_old: str) -> None:
+    """Change the root mount (pivot_root(2))."""
+    _check(_libc.pivot_root(os.fsencode(new_root), os.fsencode(put_old)), new_root)
+
+
 def unshare(flags: int) -> None:
     """Leave shared namespaces (unshare(2)); the calling thread only."""
     _check(_libc.unshare(flags), "unshare")

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import socket
 import struct
 import sys
@@ -135,6 +136,7 @@ class PodNetwork:
         self._undo: dict[str, list[bytes]] = {}
         self._watching: socket.socket | None = None
         self._requests: socket.socket | None = None
+        self._idle = asyncio.Event()
         self.network = Network()
         self.datagrams: socket.socket | None = None
         """An unconnected UDP socket in the namespace."""
@@ -178,7 +180,9 @@ class PodNetwork:
         """Give every change of the namespace from now on; the new NICs' descriptors are the caller's to close."""
         assert self._watching is not None
         while True:
+            self._idle.set()
             await run.readable(self._watching.fileno())
+            self._idle.clear()
             await asyncio.sleep(_QUIET_SECONDS)
             if not _drain(self._watching, self._own()):
                 continue
@@ -194,6 +198,12 @@ class PodNetwork:
             removed = tuple(each.device for each in before.interfaces if each.device not in devices)
             if self.network != before or nics:
                 yield Change(self.network, nics, removed)
+
+    async def settled(self) -> None:
+        """Wait until what has happened in the namespace by now was given by ``changes``, and who took it is done."""
+        while not self._idle.is_set() or (self._watching is not None and select.select([self._watching], [], [], 0)[0]):
+            self._idle.clear()
+            await self._idle.wait()
 
     def close(self) -> None:
         """Leave the namespace as it was found, once the VM has ended and its taps with it. Idempotent."""

@@ -25,6 +25,8 @@ from katapy.timing import phase
 
 log = logging.getLogger(__name__)
 
+# What cannot be plugged in by then is worth a container that goes without.
+_SETTLE_SECONDS: Final = 10.0
 # Kubernetes' own: what the CNI plugin "bandwidth" is told by, in bits a second.
 _INGRESS: Final = "kubernetes.io/ingress-bandwidth"
 _EGRESS: Final = "kubernetes.io/egress-bandwidth"
@@ -124,6 +126,16 @@ class SandboxNetwork:
                     close_nic(nic)
             # docker's resolver comes with the first network that has one.
             await self.resolve(machine)
+
+    async def settled(self) -> None:
+        """Wait until the VM has what an engine has put into the namespace by now, as docker does before a start.
+
+        A namespace that has a name was ready before the VM was.
+        """
+        if self._pod is not None and self._namespace is not None and not self._namespace.path:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SETTLE_SECONDS):
+                    await self._pod.settled()
 
     async def resolve(self, machine: Machine) -> None:
         """Relay name queries, where a resolver of the namespace's loopback is to be asked."""

@@ -35,6 +35,7 @@ _STARTS_OF_THEIR_OWN = (
     "test_cri.py",
     "test_cri_streaming.py",
     "test_docker.py",
+    "test_played_engines.py",
 )
 _COLD = "[hypervisor]\ntemplate = false\n"
 
