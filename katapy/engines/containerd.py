@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from katapy.engines.change import Change
-from katapy.engines.engine import Engine, Runtime, in_parent, parse_toml, refuse_default, refuse_other, table
+from katapy.engines.engine import SHIM, Engine, Runtime, in_parent, parse_toml, refuse_default, refuse_other, table
 from katapy.engines.host import Host
 from katapy.errors import InvalidArgument, InvalidState, KatapyError
 
@@ -184,12 +184,11 @@ class _File:
 def _tables(version: int, runtime: Runtime, *, only: bool) -> list[str]:
     """Return the lines; ``only`` where no other runtime is named: a table of some takes the place of the defaults."""
     prefix = f'plugins."{_PLUGINS[version]}".containerd.runtimes'
-    lines = [
-        f"[{prefix}.{runtime.name}]",
-        f'runtime_type = "{RUNTIME_TYPE}"',
-        f'runtime_path = "{runtime.shim}"',
-        "privileged_without_host_devices = true",
-    ]
+    # containerd 1.6 reads runtime_path and does not heed it (its issue 8207); all take a path for a type.
+    found = [f'runtime_type = "{runtime.shim}"']
+    if version >= _MERGED:
+        found = [f'runtime_type = "{RUNTIME_TYPE}"', f'runtime_path = "{runtime.shim}"']
+    lines = [f"[{prefix}.{runtime.name}]", *found, "privileged_without_host_devices = true"]
     return [*lines, "", f"[{prefix}.runc]", 'runtime_type = "io.containerd.runc.v2"'] if only else lines
 
 
@@ -215,7 +214,7 @@ def _is_alone(text: bytes, name: str) -> bool:
 
 
 def _is_ours(runtime: object) -> bool:
-    return isinstance(runtime, dict) and runtime.get("runtime_type") == RUNTIME_TYPE
+    return isinstance(runtime, dict) and Path(str(runtime.get("runtime_type"))).name in (RUNTIME_TYPE, SHIM)
 
 
 def _backup(file: _File, main: _File) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from katapy import jsonfile
 from katapy.engines.change import Change
-from katapy.engines.engine import Engine, Runtime, refuse_default, refuse_other, table
+from katapy.engines.engine import PROGRAM, SHIM, Engine, Runtime, refuse_default, refuse_other, table
 from katapy.engines.host import Host
 from katapy.errors import InvalidArgument, KatapyError
 
@@ -90,7 +90,7 @@ def _is_ours(entry: object) -> bool:
     if not isinstance(entry, dict):
         return False
     program = str(entry.get("path") or entry.get("runtimeType") or "")
-    return Path(program).name in ("katapy", "containerd-shim-katapy-v2", "io.containerd.katapy.v2")
+    return Path(program).name in (PROGRAM, SHIM, "io.containerd.katapy.v2")
 
 
 def _fresh(before: bytes | None, name: str, entry: object) -> bytes:

@@ -11,12 +11,21 @@ from pathlib import PurePosixPath
 from typing import Any, ClassVar, Final
 
 from katapy.engines.change import Change
-from katapy.engines.engine import Engine, Runtime, in_parent, parse_toml, refuse_default, refuse_other, table
+from katapy.engines.engine import (
+    PROGRAM,
+    SHIM,
+    Engine,
+    Runtime,
+    in_parent,
+    parse_toml,
+    refuse_default,
+    refuse_other,
+    table,
+)
 from katapy.engines.host import Host
 from katapy.errors import InvalidArgument
 
 _HEADER: Final = "# Written by `katapy install`, which removes it too.\n"
-_SHIM: Final = "containerd-shim-katapy-v2"
 
 
 class _DropIn(Engine):
@@ -99,7 +108,7 @@ class Crio(_DropIn):
 
     def is_ours(self, entry: object) -> bool:
         """See _DropIn."""
-        return isinstance(entry, dict) and PurePosixPath(str(entry.get("runtime_path"))).name == _SHIM
+        return isinstance(entry, dict) and PurePosixPath(str(entry.get("runtime_path"))).name == SHIM
 
 
 class Podman(_DropIn):
@@ -124,7 +133,7 @@ class Podman(_DropIn):
     def is_ours(self, entry: object) -> bool:
         """See _DropIn."""
         programs = entry if isinstance(entry, list) else []
-        return any(PurePosixPath(str(program)).name == "katapy" for program in programs)
+        return any(PurePosixPath(str(program)).name == PROGRAM for program in programs)
 
 
 def _possible(name: str, text: bytes) -> list[Runtime]:

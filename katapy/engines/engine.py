@@ -6,11 +6,14 @@ import tomllib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from katapy.engines.change import Change
 from katapy.engines.host import Host
 from katapy.errors import AlreadyExists, InvalidArgument, InvalidState
+
+PROGRAM: Final = "katapy"
+SHIM: Final = "containerd-shim-katapy-v2"
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,12 @@ class Runtime:
     @property
     def program(self) -> str:
         """The command line."""
-        return f"{self.programs}/katapy"
+        return f"{self.programs}/{PROGRAM}"
 
     @property
     def shim(self) -> str:
         """The shim of containerd's API."""
-        return f"{self.programs}/containerd-shim-katapy-v2"
+        return f"{self.programs}/{SHIM}"
 
 
 class Engine(ABC):

@@ -26,7 +26,13 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 # Those of templates say for themselves how their VMs start; of engines one is enough, since all call the same.
-_STARTS_OF_THEIR_OWN = ("test_restored.py", "test_containerd.py", "test_cri.py", "test_docker.py")
+_STARTS_OF_THEIR_OWN = (
+    "test_restored.py",
+    "test_containerd.py",
+    "test_cri.py",
+    "test_docker.py",
+    "test_installed_engines.py",
+)
 _COLD = "[hypervisor]\ntemplate = false\n"
 
 

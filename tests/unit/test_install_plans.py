@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +200,10 @@ def test_what_does_not_parse_is_left_alone(host: Host, engine: str) -> None:
     install(host, engine, Runtime("other"))
     file = write(host, path, BROKEN[engine])
     before = files(host)
-    for act, name in ((ENGINES[engine].plan_install, RUNTIME), (ENGINES[engine].plan_uninstall, "other")):
+    plans: tuple[Callable[[], object], ...] = (lambda: install(host, engine), lambda: uninstall(host, engine, "other"))
+    for plan in plans:
         with pytest.raises(InvalidArgument, match=f"^{path}") as raised:
-            act(host, name, path_of(engine, "other"))  # type: ignore[operator]
+            plan()
         assert "\n" not in str(raised.value)
     assert file.read_bytes() == BROKEN[engine]
     assert files(host) == before
