@@ -36,6 +36,7 @@ _STARTS_OF_THEIR_OWN = (
     "test_cri_streaming.py",
     "test_docker.py",
     "test_played_engines.py",
+    "test_installed_engines.py",
 )
 _COLD = "[hypervisor]\ntemplate = false\n"
 
