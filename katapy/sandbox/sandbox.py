@@ -68,9 +68,14 @@ class Sandbox:
         self._signals = Signals(sandbox_id, self._containers)
         self._stack = AsyncExitStack()
         self._machine: Machine | None = None
+        self._network: SandboxNetwork | None = None
         self._starting = asyncio.Lock()
         self._failure_watch: asyncio.Task[None] | None = None
         self._watches: list[asyncio.Task[None]] = []
+
+    def configure(self, config: Config) -> None:
+        """Use another configuration for the VM, which the first container brings up."""
+        self._config = config
 
     @property
     def empty(self) -> bool:
@@ -165,6 +170,9 @@ class Sandbox:
                 await machine.guarded(self._exec_in_guest(machine, process, container.exec_specs[exec_id]))
                 process.watch = asyncio.create_task(self._watch(process), name=f"wait for {process.name}")
             else:
+                if self._network is not None:
+                    with phase("settle the network"):
+                        await machine.guarded(self._network.settled())
                 hooks = hooks_seconds(container.bundle.spec.hooks.start_container)
                 with phase("start the container"):
                     await machine.guarded(machine.agent.start_container(container_id, hooks=hooks))
@@ -386,7 +394,7 @@ class Sandbox:
         async with self._starting:
             if self._machine is None:
                 machine, network = await self._start_machine(container, hooks)
-                self._machine = machine
+                self._machine, self._network = machine, network
                 self._failure_watch = asyncio.create_task(self._on_failure(machine), name="watch the machine")
                 self._watches = [
                     asyncio.create_task(self._on_events(machine), name="watch the guest's events"),
@@ -412,6 +420,7 @@ class Sandbox:
                 machine.agent.create_sandbox(self.id, hostname=hostname, shared_tag=TAG, network=network.network)
             )
         await network.resolve(machine)
+        network.forward(machine)
         return machine, network
 
     def _size(self, container: Container) -> Size:
@@ -448,6 +457,9 @@ class Sandbox:
         except KatapyError as error:
             process.lose(error)
         else:
+            if oom_killed and not process.exec_id and (container := self._containers.get(process.container_id)):
+                # Whoever hears of the end looks for it at once.
+                self._host.tell_oom(container)
             process.finish(status, oom_killed=oom_killed)
         if not process.exec_id and (container := self._containers.get(process.container_id)):
             container.record.stopped(process.exit.status if process.exit else _KILLED)

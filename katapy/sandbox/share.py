@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from katapy.devices import SharedMemory
 from katapy.sandbox.container import Container
+from katapy.sandbox.host import inherited_limits
 from katapy.storage.shared_dir import SharedBind, SharedTree
 from katapy.storage.shared_memory import GUEST_MEMORY, find_shared_memory
 
@@ -36,4 +37,4 @@ def share(tree: SharedTree, container: Container) -> Shared:
         else:
             name = f"mount{bind.index}"
             sources[bind.index] = add(name, bind.source, read_only=bind.read_only, recursive=bind.recursive)
-    return Shared(spec.to_guest(root=root, sources=sources), tuple(memory.values()))
+    return Shared(spec.to_guest(root=root, sources=sources, rlimits=inherited_limits()), tuple(memory.values()))

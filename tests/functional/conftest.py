@@ -16,16 +16,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import cri as kubernetes
 import pytest
+from containerd_daemon import IMAGE, Containerd, start_containerd
+from ctr import sockets
 from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_bundle, make_busybox
 
 from katapy.cgroups.directory import MARK
-
-if TYPE_CHECKING:
-    from containerd_daemon import Containerd
-    from cri import Cri
 
 _GONE_WITHIN = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
@@ -38,7 +36,10 @@ _STARTS_OF_THEIR_OWN = (
     "test_containerd_kills.py",
     "test_cri.py",
     "test_cri_kills.py",
+    "test_cri_streaming.py",
     "test_docker.py",
+    "test_played_engines.py",
+    "test_installed_engines.py",
 )
 _COLD = "[hypervisor]\ntemplate = false\n"
 
@@ -116,7 +117,8 @@ def _left_cgroups(known: set[str]) -> set[str]:
     None of our processes is left when this is called. What others make is empty for a moment at each end.
     """
     deadline = time.monotonic() + _GONE_WITHIN
-    while left := {path for path in _cgroups() - known if _is_katapys(path) and not _in_use(path)}:
+    left = _cgroups() - known
+    while left := {path for path in left if _is_katapys(path) and not _in_use(path)}:
         if time.monotonic() > deadline:
             break
     return left
@@ -176,69 +178,6 @@ def katapy(tmp_path: Path, host: None) -> Iterator[Katapy]:
     assert not left, "state left behind"
 
 
-@pytest.fixture(scope="module")
-def ctr_daemon(busybox: Path) -> Iterator[Containerd]:
-    """A containerd with an image."""
-    from containerd_daemon import IMAGE, start_containerd
-
-    with (
-        tempfile.TemporaryDirectory(prefix="katapy-") as name,
-        start_containerd(Path(name), busybox) as containerd,
-    ):
-        # What unpacking an image starts and mounts is not a test's.
-        containerd.run("--rm", IMAGE, "first", "true")
-        yield containerd
-
-
-@pytest.fixture
-def containerd(ctr_daemon: Containerd, host: None) -> Iterator[Containerd]:
-    """A containerd; afterwards it has no container, and the shims have left nothing."""
-    from ctr import sockets
-
-    daemon = ctr_daemon
-    yield daemon
-    left = daemon("containers", "ls", "--quiet").out.split()
-    for name in left:
-        daemon("task", "kill", "--signal", "KILL", name, check=False)
-        daemon("task", "rm", "--force", name, check=False)
-        daemon("containers", "rm", name, check=False)
-    assert not left, "containers left behind"
-    assert list(daemon.root.iterdir()) == [], "state left behind"
-    assert sockets(daemon) == [], "sockets left behind"
-    assert list((daemon.directory / "state/io.containerd.runtime.v2.task/default").iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def cri_daemon(busybox: Path) -> Iterator[Containerd]:
-    """A containerd with its CRI plugin, in a network namespace of its own."""
-    from cri import start_plugin
-
-    with tempfile.TemporaryDirectory(prefix="katapy-") as name, start_plugin(Path(name), busybox) as containerd:
-        yield containerd
-
-
-@pytest.fixture(scope="session")
-def cri_messages(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """What the CRI's clients say, generated once."""
-    from cri import load_messages
-
-    return load_messages(tmp_path_factory.mktemp("cri"))
-
-
-@pytest.fixture
-def cri(cri_daemon: Containerd, cri_messages: object, host: None) -> Iterator[Cri]:
-    """A client of the CRI plugin; afterwards there is no pod, and nothing of one."""
-    from cri import start_client
-
-    known = descendants()
-    with start_client(cri_daemon, cri_messages) as client:
-        yield client
-    assert list(cri_daemon.root.iterdir()) == [], "state left behind"
-    deadline = time.monotonic() + DEADLINE
-    while left := [name for pid, name in descendants().items() if pid not in known and "shim" in name]:
-        assert time.monotonic() < deadline, left
-
-
 @pytest.fixture(scope="session")
 def busybox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root file system of Debian's static busybox, shared by all tests: read-only to them."""
@@ -257,3 +196,50 @@ def bundle(tmp_path: Path, busybox: Path) -> MakeBundle:
         return make_bundle(directory, rootfs or busybox, args, edit=edit, readonly=rootfs is None)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def ctr_daemon(busybox: Path) -> Iterator[Containerd]:
+    """A containerd with an image."""
+    with (
+        tempfile.TemporaryDirectory(prefix="katapy-") as name,
+        start_containerd(Path(name), busybox) as containerd,
+    ):
+        # What unpacking an image starts and mounts is not a test's.
+        containerd.run("--rm", IMAGE, "first", "true")
+        yield containerd
+
+
+@pytest.fixture
+def containerd(ctr_daemon: Containerd, host: None) -> Iterator[Containerd]:
+    """A containerd; afterwards it has no container, and the shims have left nothing."""
+    yield ctr_daemon
+    left = ctr_daemon("containers", "ls", "--quiet").out.split()
+    for name in left:
+        ctr_daemon("task", "kill", "--signal", "KILL", name, check=False)
+        ctr_daemon("task", "rm", "--force", name, check=False)
+        ctr_daemon("containers", "rm", name, check=False)
+    assert not left, "containers left behind"
+    assert list(ctr_daemon.root.iterdir()) == [], "state left behind"
+    assert sockets(ctr_daemon) == [], "sockets left behind"
+    assert list((ctr_daemon.directory / "state/io.containerd.runtime.v2.task/default").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def cri_daemon(busybox: Path) -> Iterator[Containerd]:
+    """containerd with its CRI plugin."""
+    with tempfile.TemporaryDirectory(prefix="katapy-") as name, kubernetes.start_plugin(Path(name), busybox) as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="session")
+def cri_messages(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """The messages of that plugin."""
+    return kubernetes.load_messages(tmp_path_factory.mktemp("cri"))
+
+
+@pytest.fixture
+def cri(cri_daemon: Containerd, cri_messages: object, host: None) -> Iterator[kubernetes.Cri]:
+    """A client of that plugin."""
+    with kubernetes.connect(cri_daemon, cri_messages) as client:
+        yield client

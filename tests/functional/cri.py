@@ -1,4 +1,4 @@
-"""What Kubernetes says to containerd: a client of its CRI plugin, and the configuration that the plugin needs.
+"""What Kubernetes says to containerd: a daemon with its CRI plugin, and a client.
 
 The messages are generated from cri.proto when a test needs them.
 """
@@ -6,6 +6,7 @@ The messages are generated from cri.proto when a test needs them.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from typing import Any
 
 import grpc
 from containerd_daemon import CTR, IMAGE, Containerd, start_containerd, write_image
-from harness import DEADLINE
+from harness import DEADLINE, await_true, descendants
 
-INSTALLED = CTR.exists() and Path("/usr/lib/cni/ptp").exists()
+PLUGINS = Path("/usr/lib/cni")
+MISSING = "" if CTR.exists() and (PLUGINS / "ptp").exists() else "containerd or CNI's plugins are not installed"
+"""Why there is no daemon to test with."""
 HANDLER = "katapy"
 RUNNING, EXITED = 1, 2
 SLEEP = ("sleep", "1000")
@@ -70,16 +73,38 @@ def start_plugin(directory: Path, rootfs: Path) -> Iterator[Containerd]:
 
 
 @contextmanager
+def own_network() -> Iterator[str]:
+    """Have a network namespace, so that what CNI makes is not the host's, and yield its name."""
+    name = f"katapy-cri-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@contextmanager
 def start_client(daemon: Containerd, messages: Any) -> Iterator[Cri]:
-    """Connect to the plugin."""
+    """Give a client."""
     with grpc.insecure_channel(f"unix://{daemon.directory}/containerd.sock") as channel:
         yield Cri(channel, messages, IMAGE)
 
 
 @contextmanager
-def pod(cri: Cri, tmp_path: Path, name: str = "p1", config: Any = None) -> Iterator[tuple[str, Any]]:
+def connect(daemon: Containerd, messages: Any) -> Iterator[Cri]:
+    """Give a client; afterwards there is no pod, and nothing of one."""
+    known = descendants()
+    with start_client(daemon, messages) as client:
+        yield client
+    assert list(daemon.root.iterdir()) == [], "state left behind"
+    await_true(lambda: not [name for pid, name in descendants().items() if pid not in known and "shim" in name])
+
+
+@contextmanager
+def pod(cri: Cri, logs: Path, name: str = "p1", config: Any = None) -> Iterator[tuple[str, Any]]:
     """Run a pod while the context lasts; yield its id and its configuration."""
-    config = config or cri.pod_config(name, tmp_path)
+    config = config or cri.pod_config(name, logs)
     sandbox = cri.run_pod(config)
     try:
         yield sandbox, config
@@ -92,18 +117,6 @@ def state(cri: Cri, container: str) -> tuple[int, int]:
     """Return a container's state and exit code."""
     found = cri.container("ContainerStatus", container).status
     return found.state, found.exit_code
-
-
-@contextmanager
-def own_network() -> Iterator[str]:
-    """Have a network namespace, so that what CNI makes is not the host's, and yield its name."""
-    name = f"katapy-cri-{os.getpid()}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
-        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-        yield name
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
 def load_messages(directory: Path) -> Any:
@@ -159,13 +172,28 @@ class Cri:
         """Make a call that is about a pod."""
         return self.call(method, self.messages.PodSandboxRequest(pod_sandbox_id=pod))
 
+    def namespace(self, pod: str) -> Path:
+        """Return the network namespace of a pod, in which an engine forwards a port."""
+        request = self.messages.PodSandboxRequest(pod_sandbox_id=pod, verbose=True)
+        info = json.loads(self.call("PodSandboxStatus", request).info["info"])
+        (path,) = (each["path"] for each in info["runtimeSpec"]["linux"]["namespaces"] if each["type"] == "network")
+        return Path(path)
+
     def pods(self) -> dict[str, str]:
         """Return the ids of all pods, by their names."""
         found = self.call("ListPodSandbox", self.messages.Empty())
         return {item.metadata.name: item.id for item in found.items}
 
     def create(
-        self, pod: str, config: Any, name: str, command: Sequence[str], memory: int = 0, mounts: Sequence[str] = ()
+        self,
+        pod: str,
+        config: Any,
+        name: str,
+        command: Sequence[str],
+        *,
+        memory: int = 0,
+        mounts: Sequence[str] = (),
+        stdin: bool = False,
     ) -> str:
         """Create a container in a pod and return its id; ``mounts`` are of the host's, /usr:/usr, to be read."""
         pb = self.messages
@@ -179,6 +207,7 @@ class Cri:
                 pb.Mount(host_path=source, container_path=place, readonly=True)
                 for source, _, place in (mount.partition(":") for mount in mounts)
             ],
+            stdin=stdin,
             linux=pb.LinuxContainerConfig(
                 resources=pb.LinuxContainerResources(memory_limit_in_bytes=memory),
                 security_context=pb.LinuxContainerSecurityContext(namespace_options=pb.NamespaceOption(pid=pid)),
@@ -191,11 +220,9 @@ class Cri:
         """Make a call that is about a container."""
         return self.call(method, self.messages.ContainerRequest(container_id=container))
 
-    def start(
-        self, pod: str, config: Any, name: str, *command: str, memory: int = 0, mounts: Sequence[str] = ()
-    ) -> str:
-        """Run a container in a pod and return its id."""
-        container = self.create(pod, config, name, command, memory, mounts)
+    def start(self, pod: str, config: Any, name: str, *command: str, **options: Any) -> str:
+        """Run a container in a pod and return its id; ``options`` are those of ``create``."""
+        container = self.create(pod, config, name, command, **options)
         self.container("StartContainer", container)
         return container
 

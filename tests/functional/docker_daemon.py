@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from containerd_daemon import SHIM
 from engine import Done
 from harness import DEADLINE, KATAPY, descendants
 
@@ -38,12 +39,15 @@ class Docker:
         path = f"{DOCKER.parent}:{KATAPY.parent}:/usr/sbin:/usr/bin:/sbin:/bin"
         return {"PATH": path, "HOME": str(self.directory), "DOCKER_HOST": f"unix://{self.directory}/docker.sock"}
 
-    def on_host(self, *argv: str | Path, check: bool = True, timeout: float = DEADLINE) -> Done:
+    def on_host(
+        self, *argv: str | Path, stdin: str | None = None, check: bool = True, timeout: float = DEADLINE
+    ) -> Done:
         """Run a program where the daemon is at home, as far as networks go."""
         command = ["nsenter", f"--net=/run/netns/{self.namespace}", "--", *map(str, argv)]
         done = subprocess.run(
             command,
-            stdin=subprocess.DEVNULL,
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -53,13 +57,13 @@ class Docker:
         assert not check or done.returncode == 0, f"{argv}: status {done.returncode}: {done.stderr}"
         return Done(done.returncode, done.stdout, done.stderr)
 
-    def __call__(self, *args: str | Path, check: bool = True) -> Done:
+    def __call__(self, *args: str | Path, stdin: str | None = None, check: bool = True) -> Done:
         """Run ``docker`` to its end."""
-        return self.on_host(DOCKER, *args, check=check)
+        return self.on_host(DOCKER, *args, stdin=stdin, check=check)
 
-    def run(self, *args: str | Path, runtime: str = "katapy", check: bool = True) -> Done:
+    def run(self, *args: str | Path, runtime: str = "katapy", stdin: str | None = None, check: bool = True) -> Done:
         """Run ``docker run``."""
-        return self("run", "--runtime", runtime, *args, check=check)
+        return self("run", "--runtime", runtime, *args, stdin=stdin, check=check)
 
 
 @contextlib.contextmanager
@@ -73,7 +77,9 @@ def start_docker(directory: Path, rootfs: Path) -> Iterator[Docker]:
     config = os.environ.get("KATAPY_CONFIG")
     wrapper.write_text(WRAPPER.format(exports=f"export KATAPY_CONFIG={config}\n" if config else "", program=KATAPY))
     wrapper.chmod(0o755)
-    (directory / "daemon.json").write_text(
+    (directory / SHIM.name).symlink_to(SHIM)
+    settings = directory / "daemon.json"
+    settings.write_text(
         json.dumps(
             {
                 "data-root": f"{directory}/data",
@@ -83,10 +89,11 @@ def start_docker(directory: Path, rootfs: Path) -> Iterator[Docker]:
                 "storage-driver": "vfs",
                 "bip": "10.77.0.1/24",
                 "default-address-pools": [{"base": "10.78.0.0/16", "size": 24}],
-                "runtimes": {"katapy": {"path": str(wrapper)}},
             }
         )
     )
+    install: list[str | Path] = [KATAPY, "install", "--docker", "--config", settings, "--programs", directory]
+    subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
     with contextlib.ExitStack() as stack:
         subprocess.run(["ip", "netns", "add", docker.namespace], check=True)
         stack.callback(subprocess.run, ["ip", "netns", "delete", docker.namespace], check=True)

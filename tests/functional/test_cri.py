@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from containerd_daemon import Containerd
-from cri import EXITED, INSTALLED, RUNNING, SLEEP, Cri, pod, state
+from cri import EXITED, MISSING, RUNNING, SLEEP, Cri, pod, state
 from harness import await_true
 
 from katapy.cgroups.limits import pod_memory
 
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="containerd or CNI's plugins are not installed")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 def test_a_pod_s_life(cri: Cri, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 import grpc
 import pytest
 from containerd_daemon import Containerd
-from cri import EXITED, INSTALLED, RUNNING, SLEEP, Cri, own_network, pod, start_client, start_plugin, state
+from cri import EXITED, MISSING, RUNNING, SLEEP, Cri, own_network, pod, start_client, start_plugin, state
 from harness import await_true
 
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="containerd or CNI's plugins are not installed")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 COUNT = ("sh", "-c", "i=0; while true; do i=$((i+1)); echo $i; sleep 0.02; done")
 
 

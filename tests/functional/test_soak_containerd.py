@@ -9,15 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from containerd_daemon import CTR, IMAGE, Containerd
-from cri import INSTALLED, SLEEP, Cri
+from containerd_daemon import IMAGE, Containerd
+from cri import MISSING, SLEEP, Cri
 from ctr import sockets
 from harness import DEADLINE, await_true, descendants
 
 pytestmark = [
     pytest.mark.soak,
     pytest.mark.timeout(3600),
-    pytest.mark.skipif(not (INSTALLED and CTR.exists()), reason="containerd or CNI's plugins are not installed"),
+    pytest.mark.skipif(bool(MISSING), reason=MISSING),
 ]
 PODS, TASKS = 50, 20
 
