@@ -186,7 +186,7 @@ _READ_ONLY = [
 ]
 
 
-@pytest.mark.parametrize("options", [[], _CONFINED, _READ_ONLY], ids=["plain", "confined", "read-only"])
+@pytest.mark.parametrize("options", [_CONFINED, _READ_ONLY], ids=["confined", "read-only"])
 def test_a_container_sees_what_it_sees_with_runc(docker: Docker, options: list[str]) -> None:
     """The facts of FACTS, line by line, and a seccomp profile that is in force."""
     (docker.directory / "volume").mkdir(mode=0o777, exist_ok=True)
