@@ -41,6 +41,7 @@ _VERBS: Final = {
     "spec": "spec",
     "features": "features",
     "check": "check",
+    "install": "install",
     "image": "image",
     "template": "template",
     "completion": "completion",

@@ -20,10 +20,10 @@ _UNSHARE: Final = "/usr/bin/unshare"
 
 
 class Finding(NamedTuple):
-    """One line: ``ok`` is False where katapy cannot run because of it."""
+    """One line: ``ok`` is False where katapy cannot run because of it, None where that does not matter."""
 
     name: str
-    ok: bool
+    ok: bool | None
     detail: str
 
 
@@ -33,19 +33,22 @@ class Finding(NamedTuple):
 def check(settings: Settings, style: str) -> int:
     """Say what this host has and lacks; exit 1 where katapy cannot run.
 
+    The last lines are the engines, and which of them have katapy; `katapy install` makes it their runtime.
+
     \b
     Examples:
       katapy check
       katapy check --format json
     """
-    findings = list(_findings(settings.config))
+    findings = [*_findings(settings.config), *_engines()]
     if style == "json":
         click.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
         width = max(len(finding.name) for finding in findings)
         for finding in findings:
-            click.echo(f"{'ok     ' if finding.ok else 'MISSING'} {finding.name.ljust(width)}  {finding.detail}")
-    return 0 if all(finding.ok for finding in findings) else 1
+            mark = {True: "ok", False: "MISSING", None: "-"}[finding.ok]
+            click.echo(f"{mark.ljust(7)} {finding.name.ljust(width)}  {finding.detail}")
+    return 1 if any(finding.ok is False for finding in findings) else 0
 
 
 def _findings(config: Config) -> Iterator[Finding]:
@@ -57,6 +60,7 @@ def _findings(config: Config) -> Iterator[Finding]:
         "virtiofsd": _virtiofsd,
         "vsock": _vsock,
         "network": _network,
+        "port-forward": _port_forward,
         "setpriv": _setpriv,
         "kernel": _kernel,
         "image": _image,
@@ -145,6 +149,19 @@ def _network(config: Config) -> str:
     return f"{config.network.model}, packets are moved {where}"
 
 
+def _port_forward(config: Config) -> str:
+    from katapy.errors import KatapyError
+    from katapy.network.pod import probe_loopback
+
+    if config.network.model == "none" or not config.network.forward_loopback:
+        return f"none: network.{'model' if config.network.model == 'none' else 'forward_loopback'} says so"
+    try:
+        probe_loopback()
+    except KatapyError as error:
+        return f"none, a pod's loopback on the host is not its guest's: {error}"
+    return "the loopback of a pod's network namespace leads to its guest"
+
+
 def _setpriv(_config: Config) -> str:
     from katapy.errors import NotFound
     from katapy.run import SETPRIV
@@ -166,3 +183,22 @@ def _image(config: Config) -> str:
 
     image = find_image(config.runtime.data_dir, config.hypervisor.image)
     return f"{image.digest[:12]}, {image.size_bytes >> 20} MiB"
+
+
+def _engines() -> Iterator[Finding]:
+    from katapy.engines import ENGINES
+    from katapy.engines.host import Host
+
+    host = Host()
+    for engine in ENGINES.values():
+        if host.find_program(engine.program) is None:
+            yield Finding(engine.name, None, "not installed")
+            continue
+        version = ".".join(map(str, host.version(engine.program)))
+        try:
+            names = engine.names(host)
+        except KatapyError as error:
+            yield Finding(engine.name, None, f"{version}, has a configuration that cannot be read: {error}")
+            continue
+        has = f"has katapy as {', '.join(names)}" if names else f"katapy is not set up: katapy install --{engine.name}"
+        yield Finding(engine.name, True if names else None, f"{version}, {has}")

@@ -18,6 +18,7 @@ from katapy.errors import InvalidArgument, KatapyError, NotFound, Unsupported
 from katapy.interfaces import Network
 from katapy.network.pod import QUEUES_MAX, Change, Helper, PodNetwork, Settings, close_nic
 from katapy.sandbox.container import Container
+from katapy.sandbox.forward import forward
 from katapy.sandbox.machine import Machine
 from katapy.sandbox.resolver import find_resolver, open_resolv_conf, relay
 from katapy.timing import phase
@@ -47,6 +48,7 @@ class SandboxNetwork:
         self._helper: Helper | None = None
         self._pod: PodNetwork | None = None
         self._relay: asyncio.Task[None] | None = None
+        self._forward: asyncio.Task[None] | None = None
         self._resolv_conf: int | None = None
         self._nics: Sequence[Nic] = ()
         self._settings = settings(config, container.bundle.spec.annotations, vcpus=vcpus)
@@ -150,6 +152,22 @@ class SandboxNetwork:
         except KatapyError as error:
             log.warning("%s: cannot relay name queries to %s: %s", self._container.id, address, error)
 
+    def forward(self, machine: Machine) -> None:
+        """Relay connections to the namespace's loopback from now on, where the host can."""
+        if self._pod is None or not self._pod.loopback:
+            return
+
+        async def dial(port: int, ipv6: bool) -> socket.socket:
+            name, stream = await open_stream(machine.connect)
+            try:
+                await machine.guarded(machine.agent.forward_connection(port, name, ipv6=ipv6))
+            except BaseException:
+                stream.close()
+                raise
+            return stream
+
+        self._forward = asyncio.create_task(forward(self._pod.loopback, dial), name="forward connections")
+
     async def _apply(self, machine: Machine, before: Network, change: Change) -> None:
         for device in change.removed:
             # It is cut off; what the guest makes of it is the guest's affair.
@@ -170,9 +188,10 @@ class SandboxNetwork:
         if helper is not None:
             await helper.close()
         self.plugged()
-        if self._relay is not None:
-            self._relay.cancel()
-            await asyncio.wait([self._relay])
+        for task in (self._relay, self._forward):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
         if self._resolv_conf is not None:
             os.close(self._resolv_conf)
             self._resolv_conf = None
@@ -205,6 +224,7 @@ def settings(config: Config, annotations: Mapping[str, str], *, vcpus: int) -> S
         asked_egress=_bandwidth(annotations, _EGRESS) // 8,
         queues=min(vcpus, QUEUES_MAX),
         vhost=network.vhost,
+        loopback=network.forward_loopback,
     )
 
 

@@ -411,6 +411,7 @@ class Sandbox:
                 machine.agent.create_sandbox(self.id, hostname=hostname, shared_tag=TAG, network=network.network)
             )
         await network.resolve(machine)
+        network.forward(machine)
         return machine, network
 
     def _size(self, container: Container) -> Size:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from containerd_daemon import SHIM
 from engine import Done
 from harness import DEADLINE, KATAPY, descendants
 
@@ -76,7 +77,9 @@ def start_docker(directory: Path, rootfs: Path) -> Iterator[Docker]:
     config = os.environ.get("KATAPY_CONFIG")
     wrapper.write_text(WRAPPER.format(exports=f"export KATAPY_CONFIG={config}\n" if config else "", program=KATAPY))
     wrapper.chmod(0o755)
-    (directory / "daemon.json").write_text(
+    (directory / SHIM.name).symlink_to(SHIM)
+    settings = directory / "daemon.json"
+    settings.write_text(
         json.dumps(
             {
                 "data-root": f"{directory}/data",
@@ -86,10 +89,11 @@ def start_docker(directory: Path, rootfs: Path) -> Iterator[Docker]:
                 "storage-driver": "vfs",
                 "bip": "10.77.0.1/24",
                 "default-address-pools": [{"base": "10.78.0.0/16", "size": 24}],
-                "runtimes": {"katapy": {"path": str(wrapper)}},
             }
         )
     )
+    install: list[str | Path] = [KATAPY, "install", "--docker", "--config", settings, "--programs", directory]
+    subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
     with contextlib.ExitStack() as stack:
         subprocess.run(["ip", "netns", "add", docker.namespace], check=True)
         stack.callback(subprocess.run, ["ip", "netns", "delete", docker.namespace], check=True)
