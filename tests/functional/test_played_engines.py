@@ -150,8 +150,6 @@ def crio(directory: Path) -> Iterator[Program]:
 
     It never calls `delete` either, so of what it has removed nothing must be left.
     """
-    root = state_root("", "default")
-    known = set(root.iterdir()) if root.exists() else set()
     publisher = directory / "crio"
     publisher.write_text(f"#!/bin/sh\ntouch {directory}/published\n")
     publisher.chmod(0o755)
@@ -159,9 +157,9 @@ def crio(directory: Path) -> Iterator[Program]:
     program = Program("default", "", str(publisher), env, debug=True)
     yield program
     program.close()
-    left = set(root.iterdir()) - known
-    for each in left:
-        program.run(*program.flags(each.name), "-bundle", str(directory), "delete", cwd=directory)
+    left = [name for name in program.started if (state_root("", "default") / name).exists()]
+    for name in left:
+        program.run(*program.flags(name), "-bundle", str(directory), "delete", cwd=directory)
     assert not left, "state left behind"
     assert not (directory / "published").exists()
 
