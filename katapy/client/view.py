@@ -29,7 +29,7 @@ def view_of(bundle: Bundle) -> Iterator[int]:
     """Have the process that is started meanwhile be in a mount namespace that shows the files of a container.
 
     Yields a descriptor of its root. The process's own root directory stays the host's, as its program and all that it
-    loads later is from there. Raises Unavailable where there can be no such namespace.
+    loads is from there. Raises Unavailable where there can be no such namespace.
     """
     host, root, here = os.open("/proc/self/ns/mnt", os.O_RDONLY), os.open("/", _DIRECTORY), os.open(".", _DIRECTORY)
     view = -1

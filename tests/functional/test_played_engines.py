@@ -448,6 +448,8 @@ def test_a_container_of_containerd_s(containerd: Containerd, busybox: Path) -> N
         assert task.state("c1").status == pb.CREATED
         served = task.call("Connect", pb.ConnectRequest(id="c1"), pb.ConnectResponse)
         assert served.task_pid == task.state("c1").pid
+        # nerdctl cp goes there.
+        assert not Path(f"/proc/{served.task_pid}/root/etc").exists()
         ended = task.begin_wait("c1")
         pid = task.start("c1")
         assert pid == served.task_pid
