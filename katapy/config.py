@@ -249,6 +249,14 @@ class Network:
     vhost: bool = field(
         default=True, metadata=_key(_flag, "Move packets in the host's kernel (/dev/vhost-net), where it can.")
     )
+    forward_loopback: bool = field(
+        default=True,
+        metadata=_key(
+            _flag,
+            "Relay connections to the loopback of a pod's network namespace to the guest's, as `kubectl port-forward` "
+            "needs it.",
+        ),
+    )
 
 
 @dataclass(frozen=True)

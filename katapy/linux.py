@@ -54,6 +54,7 @@ RESOLVE_BENEATH: Final = 0x08
 
 PR_SET_PDEATHSIG: Final = 1
 
+_SYS_BPF: Final = 321  # of x86-64
 # x86-64 and the generic table agree on all numbers above 424.
 _SYS_OPEN_TREE: Final = 428
 _SYS_MOVE_MOUNT: Final = 429
@@ -83,6 +84,11 @@ def umount(target: str, flags: int = 0) -> None:
     _check(_libc.umount2(os.fsencode(target), flags), target)
 
 
+def pivot_root(new_root: str, put_old: str) -> None:
+    """Change the root mount (pivot_root(2))."""
+    _check(_libc.pivot_root(os.fsencode(new_root), os.fsencode(put_old)), new_root)
+
+
 def unshare(flags: int) -> None:
     """Leave shared namespaces (unshare(2)); the calling thread only."""
     _check(_libc.unshare(flags), "unshare")
@@ -96,6 +102,14 @@ def setns(fd: int, kind: int) -> None:
 def prctl(option: int, value: int = 0) -> int:
     """Operate on the calling process (prctl(2))."""
     return _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), "prctl")
+
+
+def bpf(command: int, attributes: bytes) -> int:
+    """Do a BPF_* ``command`` and return what it returns, a descriptor (close-on-exec) or 0 (bpf(2)).
+
+    ``attributes`` is the command's part of union bpf_attr; what it points to is the caller's, and must last.
+    """
+    return int(_check(_libc.syscall(_SYS_BPF, command, attributes, len(attributes)), "bpf"))
 
 
 def open_tree(dirfd: int, path: str, flags: int) -> int:

@@ -64,6 +64,16 @@ class RelayResolverRequest(_message.Message):
     stream: str
     def __init__(self, address: _Optional[bytes] = ..., stream: _Optional[str] = ...) -> None: ...
 
+class ForwardConnectionRequest(_message.Message):
+    __slots__ = ("port", "ipv6", "stream")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    IPV6_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    ipv6: bool
+    stream: str
+    def __init__(self, port: _Optional[int] = ..., ipv6: _Optional[bool] = ..., stream: _Optional[str] = ...) -> None: ...
+
 class UpdateRoutesRequest(_message.Message):
     __slots__ = ("routes",)
     ROUTES_FIELD_NUMBER: _ClassVar[int]

@@ -110,7 +110,25 @@ class Sandbox:
 
         self._check_created()
         resolver = Resolver(address, await self._services.exchange.claim(stream))
-        task = asyncio.create_task(resolver.run(), name="relay name queries")
+        self._keep(asyncio.create_task(resolver.run(), name="relay name queries"))
+
+    async def forward_connection(self, port: int, stream: str, *, ipv6: bool) -> None:
+        """Connect to a port of the loopback, and relay between that and the host's ``stream``.
+
+        Raises InvalidArgument, NotFound where nobody takes the connection, and what `Exchange.claim` raises.
+        """
+        from katapy_agent import forward
+
+        self._check_created()
+        host = await self._services.exchange.claim(stream)
+        try:
+            connection = await forward.connect(port, ipv6=ipv6)
+        except BaseException:
+            host.close()
+            raise
+        self._keep(asyncio.create_task(forward.relay(host, connection), name=f"forward to port {port}"))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

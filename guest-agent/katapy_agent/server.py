@@ -76,6 +76,10 @@ class AgentService:
         await self._sandbox.relay_resolver(request.address, request.stream)
         return _EMPTY
 
+    async def forward_connection(self, request: pb.ForwardConnectionRequest) -> pb.Empty:
+        await self._sandbox.forward_connection(request.port, request.stream, ipv6=request.ipv6)
+        return _EMPTY
+
     async def create_container(self, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
         pid = await self._sandbox.create_container(
             request.container_id,

@@ -42,7 +42,7 @@ async def warm_up(server: Server, exchange: Exchange) -> None:
 
     Raises what fails: a VM that cannot do this is no template.
     """
-    from katapy_agent import network, routes  # noqa: F401 - else only a pod with a network has them
+    from katapy_agent import forward, network, routes  # noqa: F401 - else only a pod with a network has them
 
     async with _Client(server) as client:
         await _run_container(client, exchange)

@@ -15,7 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from katapy_agent import linux, storage
+from katapy_agent import linux, machine, storage
 from katapy_agent.launcher import start_launcher
 
 
@@ -41,6 +41,7 @@ def _serve(directory: Path) -> None:
     storage.mount("cgroup2", Path("/sys/fs/cgroup"))
     storage.mount("tmpfs", Path("/run"))
     storage.RUN.mkdir()
+    machine.loopback_up()
     launcher = start_launcher()
     from katapy_agent.server import serve
 

@@ -105,6 +105,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
     (rootfs / "bin" / "busybox").chmod(0o755)
     for name in ("sh", "cat", "sleep", "true", "head", "tty", "yes", "echo", "stty", "kill", "printf", "ls", "test"):
         (rootfs / "bin" / name).symlink_to("busybox")
+    (rootfs / "bin" / "nc").symlink_to("busybox")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         [sys.executable, "-B", str(AGENT), str(directory)], stdout=subprocess.PIPE, env=environment
@@ -253,6 +254,35 @@ def test_terminal(agent: Agent) -> None:
     agent.call("RemoveContainer", container_id="tty")
     terminal.close()
     streams["stdout"].close()
+
+
+def test_forwarded_connection(agent: Agent) -> None:
+    agent.run("server", "/bin/nc", "-l", "-p", "9000", "-e", "/bin/cat")
+    deadline = time.monotonic() + 20
+    for number in range(1000):
+        stream = agent.connect(f"forward-{number}")
+        try:
+            agent.call("ForwardConnection", port=9000, stream=f"forward-{number}")
+            break
+        except grpc.RpcError:  # it does not listen yet
+            stream.close()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    with stream:
+        stream.sendall(b"\0\0\0\5there\0\0\0\0")
+        received = b"".join(iter(lambda: stream.recv(100), b""))
+    assert received == b"\0\0\0\5there\0\0\0\0"
+    assert agent.wait("server") == 0
+    agent.call("RemoveContainer", container_id="server")
+
+
+def test_forwarded_connection_that_nobody_takes(agent: Agent) -> None:
+    stream = agent.connect("refused")
+    with pytest.raises(grpc.RpcError) as raised:
+        agent.call("ForwardConnection", port=9, stream="refused")
+    refused = "cannot connect to port 9 of the loopback: connection refused"
+    assert status_of(raised) == (grpc.StatusCode.NOT_FOUND, "NotFound", refused)
+    assert read_all(stream) == b""
 
 
 def test_signals(agent: Agent) -> None:

@@ -87,6 +87,14 @@ class AgentClient:
         request = agent_pb2.RelayResolverRequest(address=socket.inet_aton(address), stream=stream)
         await self._call("RelayResolver", request)
 
+    async def forward_connection(self, port: int, stream: str, *, ipv6: bool) -> None:
+        """Have the guest connect to a port of its loopback, and relay that over the stream of this name, in pieces.
+
+        ``ipv6`` is whether ::1 was meant, which is tried first then. Raises NotFound where nobody takes the connection.
+        """
+        request = agent_pb2.ForwardConnectionRequest(port=port, stream=stream, ipv6=ipv6)
+        await self._call("ForwardConnection", request)
+
     async def destroy_sandbox(self, *, deadline: float) -> None:
         """End all containers and flush what they wrote. ``deadline`` in seconds."""
         await self._call("DestroySandbox", agent_pb2.Empty(), deadline)

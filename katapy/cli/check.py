@@ -60,6 +60,7 @@ def _findings(config: Config) -> Iterator[Finding]:
         "virtiofsd": _virtiofsd,
         "vsock": _vsock,
         "network": _network,
+        "port-forward": _port_forward,
         "setpriv": _setpriv,
         "kernel": _kernel,
         "image": _image,
@@ -146,6 +147,19 @@ def _network(config: Config) -> str:
         return f"none, and pods that have one are refused: {error}"
     where = "in the kernel (vhost-net)" if config.network.vhost and os.path.exists("/dev/vhost-net") else "in QEMU"
     return f"{config.network.model}, packets are moved {where}"
+
+
+def _port_forward(config: Config) -> str:
+    from katapy.errors import KatapyError
+    from katapy.network.pod import probe_loopback
+
+    if config.network.model == "none" or not config.network.forward_loopback:
+        return f"none: network.{'model' if config.network.model == 'none' else 'forward_loopback'} says so"
+    try:
+        probe_loopback()
+    except KatapyError as error:
+        return f"none, a pod's loopback on the host is not its guest's: {error}"
+    return "the loopback of a pod's network namespace leads to its guest"
 
 
 def _setpriv(_config: Config) -> str:

@@ -102,11 +102,11 @@ def _boot(pod: Pod, bundle: Bundle, container_id: str) -> None:
 
 def _create_detached(settings: Settings, wanted: Wanted, *, start: bool, report: Report | None = None) -> None:
     """Create a container that a stand-in takes care of on the host, and ``start`` it."""
-    from katapy.client.pod import network_command, write_pid_file
+    from katapy.client.pod import write_pid_file
 
     with _begun(settings, wanted) as (pod, bundle), ExitStack() as undo:
         with standard_streams(wanted.console_socket) as streams:
-            stand_in = pod.stand_in(streams, prefix=network_command(bundle.spec))
+            stand_in = pod.stand_in(streams, bundle=bundle)
         undo.callback(stand_in.kill)
         _boot(pod, bundle, wanted.container_id)
         pid = stand_in.attached()

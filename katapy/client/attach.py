@@ -432,6 +432,8 @@ class _Terminal:
 def main(arguments: Iterable[str]) -> int:
     """Be the stand-in: ``--socket-fd N --id C [--exec E] [--ready-fd M] [--gate-fd G]``, with the stdio as 0, 1 and 2.
 
+    ``--view-fd`` was for who executed this program, and is closed.
+
     Writes "!" to the ready descriptor when it has announced itself, then "+" once attached, or "-" and the error as
     JSON, and closes it. Returns the exit status of the process, SHIM_DIED when the sandbox was lost, 1 when attaching
     failed.
@@ -439,6 +441,8 @@ def main(arguments: Iterable[str]) -> int:
     options = iter(arguments)
     given = dict(zip(options, options, strict=True))
     ready_fd = int(given.get("--ready-fd", -1))
+    if "--view-fd" in given:
+        os.close(int(given["--view-fd"]))
     with Signals() as signals:
         try:
             control = _socket.socket(fileno=int(given["--socket-fd"]))

@@ -36,6 +36,8 @@ _STAND_IN: Final = (
 
 # Last before its program: /proc is then that of the process namespace it begins, and mounts still come and go.
 _PROC: Final = ("/usr/bin/unshare", "--mount", "--propagation", "slave", "--mount-proc", "--")
+# The same where /proc is that of a view (view.py), whose root is a descriptor; a root file system may have none.
+_PROC_OF_VIEW: Final = '/usr/bin/mount --no-canonicalize -t proc proc "$0" 2> /dev/null; exec "$@"'
 
 
 class Connected(NamedTuple):
@@ -164,18 +166,19 @@ def start_standin(
     streams: tuple[int, int, int],
     *,
     prefix: Sequence[str] = (),
+    view: int = -1,
 ) -> StandIn:
     """Start the process that stands for a container's process on the host: it exits with that one's status.
 
     ``exec_id`` is "" for init; ``streams`` become its own; ``prefix`` is a command that executes the one behind it,
-    in another namespace for example. It outlives its starter.
+    in another namespace for example; ``view`` is what ``view_of`` gave. It outlives its starter.
     Raises Unavailable when it cannot be started.
     """
     answer, report = os.pipe()
     own_processes = not exec_id
     with connect_attach(directory) as control, new_processes() if own_processes else nullcontext():
-        fds = control.fileno(), report
-        argv = [*prefix, *standin_command(control.fileno(), container_id, exec_id), "--ready-fd", str(report)]
+        fds = [fd for fd in (control.fileno(), report, view) if fd >= 0]
+        argv = [*prefix, *standin_command(control.fileno(), container_id, exec_id, view), "--ready-fd", str(report)]
         stdin, stdout, stderr = streams
         try:
             process = start(
@@ -189,15 +192,17 @@ def start_standin(
     return StandIn(process, answer, container_id)
 
 
-def standin_command(control: int, container_id: str, exec_id: str) -> list[str]:
-    """Return the command of a stand-in; ``control`` is a connection to attach.sock that it inherits.
+def standin_command(control: int, container_id: str, exec_id: str, view: int = -1) -> list[str]:
+    """Return the command of a stand-in; ``control`` is a connection to attach.sock that it inherits, ``view`` too.
 
     That of a container's init has to be started within ``new_processes``.
     """
-    proc = () if exec_id else _PROC
     package = str(Path(katapy.__file__).parent.parent)
-    argv = [*proc, sys.executable, "-I", "-S", "-c", _STAND_IN, package]
-    return [*argv, "--socket-fd", str(control), "--id", container_id, "--exec", exec_id]
+    argv = [sys.executable, "-I", "-S", "-c", _STAND_IN, package]
+    argv += ["--socket-fd", str(control), "--id", container_id, "--exec", exec_id]
+    if view >= 0:
+        return ["/bin/sh", "-c", _PROC_OF_VIEW, f"/proc/self/fd/{view}/proc", *argv, "--view-fd", str(view)]
+    return argv if exec_id else [*_PROC, *argv]
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import os
 import re
 import select
 import signal
-from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +19,7 @@ from typing import BinaryIO, Final, NamedTuple, Self
 from katapy import jsonfile, linux
 from katapy.client import attach, launch
 from katapy.client.task import Stdio, TaskClient
+from katapy.client.view import view_of
 from katapy.errors import Internal, InvalidArgument, InvalidState, KatapyError, NotFound, Unavailable, from_wire
 from katapy.oci.bundle import Bundle
 from katapy.oci.process import ProcessSpec, parse_process
@@ -188,9 +188,16 @@ class Pod:
             finish(self._root, self._id)
             return log.warnings()
 
-    def stand_in(self, streams: Streams, exec_id: str = "", *, prefix: Sequence[str] = ()) -> launch.StandIn:
-        """Start the process that stands for a process of the container that is created or started next."""
-        return launch.start_standin(self._directory, self._id, exec_id, streams, prefix=prefix)
+    def stand_in(self, streams: Streams, exec_id: str = "", *, bundle: Bundle | None = None) -> launch.StandIn:
+        """Start the process that stands for a process of the container that is created or started next.
+
+        That of init is given the ``bundle``: whoever looks by its pid finds the container's network and files.
+        """
+        if bundle is None:
+            return launch.start_standin(self._directory, self._id, exec_id, streams)
+        prefix = network_command(bundle.spec)
+        with view_of(bundle) as view:
+            return launch.start_standin(self._directory, self._id, exec_id, streams, prefix=prefix, view=view)
 
     def own_process(self) -> ProcessSpec:
         """Return the ``process`` that the container was created with."""

@@ -19,7 +19,7 @@ from typing import Any, Final
 from katapy import linux
 from katapy.errors import AlreadyExists, InvalidArgument, KatapyError, Unavailable, Unsupported, codes_of
 from katapy.interfaces import Address, Interface, Network
-from katapy.network import macvtap, netlink, rules, tap
+from katapy.network import loopback, macvtap, netlink, rules, tap
 from katapy.network.netlink import IFF_ALLMULTI, IFF_NOARP, IFF_UP, Link, Netlink, Qdisc
 
 MESSAGE_MAX: Final = 200_000  # what a socket's buffer holds on every host
@@ -104,12 +104,27 @@ class Helper:
         network = Network(tuple(interfaces), tuple(routes), tuple(self._netlink.neighbours(names) if names else ()))
         known = {index: each for index, each in self._known.items() if index in names}
         return {
+            **self._lead_loopback(),
             "network": network.to_json(),
             "added": added,
             "undo": {index: [each.hex() for each in requests] for index, requests in self._undo.items()},
             "new_sink": bool(self._sink) and not had_sink,
             "state": {"known": known, "sink": self._sink, "next_device": self._next},
         }
+
+    def _lead_loopback(self) -> dict[str, Any]:
+        """Lead connections to the loopback to listeners, where that can be done: a pod can do without.
+
+        Those descriptors are the last ones: of the link, then of the listeners.
+        """
+        fds, error = list[int](), ""
+        if self._first and self._settings["loopback"]:
+            try:
+                fds = loopback.lead(self._stack)
+            except OSError as failure:
+                error = loopback.reason(failure)
+        self.fds += fds
+        return {"loopback": len(fds), "loopback_error": error}
 
     def _make_sink(self) -> None:
         try:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import socket
 import struct
 import sys
@@ -52,7 +53,8 @@ class Settings(NamedTuple):
 
     ``model`` is ``tcfilter`` or ``macvtap``. ``ingress_rate`` and ``egress_rate`` are the host's; what the pod has
     asked for holds too, unless a CNI plugin does it already. ``checked`` lets only frames with the pod's own addresses
-    out, ``metadata`` lets clouds' metadata services be reached, ``queues`` is how many a NIC has.
+    out, ``metadata`` lets clouds' metadata services be reached, ``queues`` is how many a NIC has. ``loopback`` leads
+    connections to the namespace's loopback to a listener.
     """
 
     checked: bool = True
@@ -64,6 +66,7 @@ class Settings(NamedTuple):
     asked_egress: int = 0
     queues: int = 1
     vhost: bool = True
+    loopback: bool = True
 
 
 class Change(NamedTuple):
@@ -133,9 +136,13 @@ class PodNetwork:
         self._undo: dict[str, list[bytes]] = {}
         self._watching: socket.socket | None = None
         self._requests: socket.socket | None = None
+        self._idle = asyncio.Event()
         self.network = Network()
         self.datagrams: socket.socket | None = None
         """An unconnected UDP socket in the namespace."""
+        self.loopback: tuple[socket.socket, ...] = ()
+        """Listeners at which all TCP connections to the namespace's loopback arrive, one for each family: what they
+        accept says by getsockname(2) to which port. None where that is not wanted, or the host cannot do it."""
 
     async def connect(self, helper: Helper) -> tuple[Nic, ...]:
         """Connect what the namespace has now, and return its NICs, whose descriptors are the caller's to close.
@@ -158,13 +165,24 @@ class PodNetwork:
             self.datagrams = socket.socket(fileno=os.dup(datagrams))
             self.datagrams.setblocking(False)
             self._stack.callback(self.datagrams.close)
+            if count := answer["loopback"]:
+                link, *listeners = others[-count:]
+                del others[-count:]
+                self._stack.callback(os.close, os.dup(link))
+                self.loopback = tuple(socket.socket(fileno=os.dup(fd)) for fd in listeners)
+                for listener in self.loopback:
+                    self._stack.enter_context(listener).setblocking(False)
+            elif self._settings.loopback:
+                log.debug("connections to the pod's loopback do not reach its guest: %s", answer["loopback_error"])
             return self._take(answer, [os.dup(fd) for fd in others])
 
     async def changes(self) -> AsyncIterator[Change]:
         """Give every change of the namespace from now on; the new NICs' descriptors are the caller's to close."""
         assert self._watching is not None
         while True:
+            self._idle.set()
             await run.readable(self._watching.fileno())
+            self._idle.clear()
             await asyncio.sleep(_QUIET_SECONDS)
             if not _drain(self._watching, self._own()):
                 continue
@@ -180,6 +198,12 @@ class PodNetwork:
             removed = tuple(each.device for each in before.interfaces if each.device not in devices)
             if self.network != before or nics:
                 yield Change(self.network, nics, removed)
+
+    async def settled(self) -> None:
+        """Wait until what has happened in the namespace by now was given by ``changes``, and who took it is done."""
+        while not self._idle.is_set() or (self._watching is not None and select.select([self._watching], [], [], 0)[0]):
+            self._idle.clear()
+            await self._idle.wait()
 
     def close(self) -> None:
         """Leave the namespace as it was found, once the VM has ended and its taps with it. Idempotent."""
@@ -228,6 +252,11 @@ def close_nic(nic: Nic) -> None:
 def probe() -> None:
     """Raise Unavailable, with what is missing, where this host cannot connect a pod to a network."""
     run.output([_UNSHARE, "--net", *_python("katapy.network.probe")])
+
+
+def probe_loopback() -> None:
+    """Raise Unavailable, with what is missing, where this host cannot lead a pod's loopback to its guest."""
+    run.output([_UNSHARE, "--net", *_python("katapy.network.probe"), "loopback"])
 
 
 def _python(module: str) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from katapy.errors import InvalidArgument
@@ -127,6 +127,15 @@ class ProcessSpec:
     def to_guest(self) -> bytes:
         """Return the ``process`` object as the guest agent's ExecProcess takes it."""
         return dump(self.document)
+
+    def with_limits(self, limits: Sequence[Rlimit]) -> ProcessSpec:
+        """Return this process with those of ``limits`` that it does not name itself."""
+        if not limits:
+            return self
+        named = {limit.type for limit in self.rlimits}
+        rlimits = (*self.rlimits, *(limit for limit in limits if limit.type not in named))
+        document = {**self.document, "rlimits": [limit._asdict() for limit in rlimits]}
+        return replace(self, rlimits=rlimits, document=document)
 
     def with_exec_flags(
         self,

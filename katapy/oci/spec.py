@@ -46,8 +46,8 @@ from katapy.oci.node import (
     required_text,
     text,
 )
-from katapy.oci.pod import sandbox_of
-from katapy.oci.process import ProcessSpec, process
+from katapy.oci.pod import is_sandbox, sandbox_of
+from katapy.oci.process import ProcessSpec, Rlimit, process
 from katapy.oci.seccomp import Seccomp, parse_seccomp
 
 # What containers of a pod can have in common.
@@ -145,12 +145,12 @@ class Spec:
     @property
     def sandbox(self) -> str:
         """The id of the pod's sandbox that this container joins; empty for one with a VM of its own."""
-        return sandbox_of(self.annotations)
+        return sandbox_of(self.annotations, shares=any(namespace.path for namespace in self.linux.namespaces))
 
     @property
     def joined_namespaces(self) -> tuple[str, ...]:
         """The types of the namespaces that a pod's container shares with its sandbox's."""
-        return tuple(namespace.type for namespace in self.linux.namespaces if namespace.path)
+        return tuple(namespace.type for namespace in self.linux.namespaces if namespace.path) if self.sandbox else ()
 
     @property
     def resources(self) -> dict[str, Any]:
@@ -182,11 +182,12 @@ class Spec:
             _document={**self._document, "mounts": mounts},
         )
 
-    def to_guest(self, *, root: str, sources: Mapping[int, str]) -> bytes:
+    def to_guest(self, *, root: str, sources: Mapping[int, str], rlimits: Sequence[Rlimit] = ()) -> bytes:
         """Return the config.json for the guest agent: the same document, with paths that are valid in the guest.
 
-        ``root`` is the root file system's path in the guest, ``sources`` each bind mount's, by its index. Of the hooks
-        it has those that run in the container. Raises Internal when ``sources`` does not name exactly the bind mounts.
+        ``root`` is the root file system's path in the guest, ``sources`` each bind mount's, by its index, ``rlimits``
+        what the process has of those that ``process.rlimits`` does not name. Of the hooks it has those that run in the
+        container. Raises Internal when ``sources`` does not name exactly the bind mounts.
         """
         indexes = {bind.index for bind in self.bind_mounts}
         if indexes != sources.keys():
@@ -200,7 +201,7 @@ class Spec:
             # Its devices are the host's, and so is whoever reads and writes them for the container.
             limits = {key: value for key, value in resources.items() if key != "blockIO"}
             document["linux"] = {**document["linux"], "resources": limits}
-        if self.joined_namespaces:
+        if any(namespace.path for namespace in self.linux.namespaces):
             # The paths are the host's; which ones are joined in the guest is said beside the document.
             types = [{"type": namespace.type} for namespace in self.linux.namespaces]
             document["linux"] = {**document["linux"], "namespaces": types}
@@ -209,7 +210,7 @@ class Spec:
                 {**given, "destination": mount.destination, **({"source": sources[index]} if index in sources else {})}
                 for index, (given, mount) in enumerate(zip(document["mounts"], self.mounts, strict=True))
             ]
-        document["process"] = self.process.document
+        document["process"] = self.process.with_limits(rlimits).document
         return dump(document)
 
     def _on_host(self, path: str) -> str:
@@ -245,10 +246,12 @@ def parse_spec(data: bytes, *, bundle: str, what: str = "config.json") -> Spec:
 def _check_joined(node: Node, spec: Spec) -> None:
     """Refuse namespaces of the host that cannot be had in a VM: only a pod's containers can share theirs.
 
-    But the network is the VM's, which is connected to the namespace that is named.
+    But the network is the VM's, which is connected to the namespace that is named. And CRI-O makes a pod's namespaces
+    on the host, before its sandbox: nobody is in them, and what becomes of them are new ones in the VM.
     """
+    fresh = ("network", "ipc", "uts") if is_sandbox(spec.annotations) else ("network",)
     for index, namespace in enumerate(spec.linux.namespaces):
-        if not namespace.path or (namespace.type == "network" and not spec.sandbox):
+        if not namespace.path or (namespace.type in fresh and not spec.sandbox):
             continue
         path = node.child("namespaces").items()[index].child("path")
         if not spec.sandbox:

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from katapy.errors import KatapyError, Timeout
 from katapy.hypervisor.accel import Kind, probe, require
 from katapy.oci.hooks import Hook
 from katapy.oci.linux import Resources
+from katapy.oci.pod import MANAGER
+from katapy.oci.process import RLIMITS, Rlimit
 from katapy.sandbox.container import Container
 from katapy.sandbox.hooks import run_hook
 from katapy.sandbox.host_cgroup import HostCgroup, boot_limits, run_limits, update_limits
@@ -31,6 +34,8 @@ from katapy.state import DEFAULT_ROOT, Status, state_json
 
 log = logging.getLogger(__name__)
 
+# What the guest's kernel lets a process open at most (fs.nr_open); the host's may let it open more.
+_FILES_MAX: Final = 1 << 20
 # Whoever creates a container has its stand-in ready.
 _ANNOUNCE_DEADLINE: Final = 60.0
 
@@ -72,6 +77,16 @@ class Host:
         if before.cpu and before.cpu.quota and not (after.cpu and after.cpu.quota):
             limits = replace(limits, cpu_quota=NO_LIMIT)
         await asyncio.to_thread(container.cgroup.update, limits)
+
+    def tell_oom(self, container: Container) -> None:
+        """Leave the file by which podman and CRI-O know that memory ran out: their conmon sees a cgroup of the host."""
+        if MANAGER not in container.bundle.spec.annotations:
+            return
+        path = f"{container.bundle.path}/oom"
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
+        except OSError as error:
+            log.warning("%s: cannot make %s: %s", container.id, path, error.strerror)
 
     async def run_hooks(self, container: Container, point: str, hooks: Sequence[Hook]) -> None:
         """Run the hooks of one ``point`` of the container's life; the first failure is raised."""
@@ -133,6 +148,18 @@ class Host:
 
     def _stands_alone(self, process: GuestProcess) -> bool:
         return process.host_pid not in (0, self.creator)
+
+
+def inherited_limits() -> list[Rlimit]:
+    """Return this process's resource limits, which are its caller's: what a container has where it is told nothing."""
+    found = []
+    for name in RLIMITS:
+        if (number := getattr(resource, name, None)) is not None:
+            # -1 is no limit.
+            soft, hard = (value & (1 << 64) - 1 for value in resource.getrlimit(number))
+            most = _FILES_MAX if name == "RLIMIT_NOFILE" else hard
+            found.append(Rlimit(name, min(soft, most), min(hard, most)))
+    return found
 
 
 async def await_stand_in(process: GuestProcess) -> None:

@@ -18,12 +18,15 @@ from katapy.errors import InvalidArgument, KatapyError, NotFound, Unsupported
 from katapy.interfaces import Network
 from katapy.network.pod import QUEUES_MAX, Change, Helper, PodNetwork, Settings, close_nic
 from katapy.sandbox.container import Container
+from katapy.sandbox.forward import forward
 from katapy.sandbox.machine import Machine
 from katapy.sandbox.resolver import find_resolver, open_resolv_conf, relay
 from katapy.timing import phase
 
 log = logging.getLogger(__name__)
 
+# What cannot be plugged in by then is worth a container that goes without.
+_SETTLE_SECONDS: Final = 10.0
 # Kubernetes' own: what the CNI plugin "bandwidth" is told by, in bits a second.
 _INGRESS: Final = "kubernetes.io/ingress-bandwidth"
 _EGRESS: Final = "kubernetes.io/egress-bandwidth"
@@ -45,6 +48,7 @@ class SandboxNetwork:
         self._helper: Helper | None = None
         self._pod: PodNetwork | None = None
         self._relay: asyncio.Task[None] | None = None
+        self._forward: asyncio.Task[None] | None = None
         self._resolv_conf: int | None = None
         self._nics: Sequence[Nic] = ()
         self._settings = settings(config, container.bundle.spec.annotations, vcpus=vcpus)
@@ -123,6 +127,16 @@ class SandboxNetwork:
             # docker's resolver comes with the first network that has one.
             await self.resolve(machine)
 
+    async def settled(self) -> None:
+        """Wait until the VM has what an engine has put into the namespace by now, as docker does before a start.
+
+        A namespace that has a name was ready before the VM was.
+        """
+        if self._pod is not None and self._namespace is not None and not self._namespace.path:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SETTLE_SECONDS):
+                    await self._pod.settled()
+
     async def resolve(self, machine: Machine) -> None:
         """Relay name queries, where a resolver of the namespace's loopback is to be asked."""
         pod = self._pod
@@ -137,6 +151,22 @@ class SandboxNetwork:
             await machine.guarded(machine.agent.relay_resolver(address, name))
         except KatapyError as error:
             log.warning("%s: cannot relay name queries to %s: %s", self._container.id, address, error)
+
+    def forward(self, machine: Machine) -> None:
+        """Relay connections to the namespace's loopback from now on, where the host can."""
+        if self._pod is None or not self._pod.loopback:
+            return
+
+        async def dial(port: int, ipv6: bool) -> socket.socket:
+            name, stream = await open_stream(machine.connect)
+            try:
+                await machine.guarded(machine.agent.forward_connection(port, name, ipv6=ipv6))
+            except BaseException:
+                stream.close()
+                raise
+            return stream
+
+        self._forward = asyncio.create_task(forward(self._pod.loopback, dial), name="forward connections")
 
     async def _apply(self, machine: Machine, before: Network, change: Change) -> None:
         for device in change.removed:
@@ -158,9 +188,10 @@ class SandboxNetwork:
         if helper is not None:
             await helper.close()
         self.plugged()
-        if self._relay is not None:
-            self._relay.cancel()
-            await asyncio.wait([self._relay])
+        for task in (self._relay, self._forward):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
         if self._resolv_conf is not None:
             os.close(self._resolv_conf)
             self._resolv_conf = None
@@ -193,6 +224,7 @@ def settings(config: Config, annotations: Mapping[str, str], *, vcpus: int) -> S
         asked_egress=_bandwidth(annotations, _EGRESS) // 8,
         queues=min(vcpus, QUEUES_MAX),
         vhost=network.vhost,
+        loopback=network.forward_loopback,
     )
 
 

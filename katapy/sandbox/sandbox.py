@@ -25,7 +25,7 @@ from katapy.oci.update import parse_change
 from katapy.proto import agent_pb2
 from katapy.sandbox.container import Container
 from katapy.sandbox.hooks import hooks_seconds
-from katapy.sandbox.host import Host, await_stand_in, remove_cgroup
+from katapy.sandbox.host import Host, await_stand_in, inherited_limits, remove_cgroup
 from katapy.sandbox.host_cgroup import HostCgroup
 from katapy.sandbox.machine import Machine, start_machine
 from katapy.sandbox.network import SandboxNetwork
@@ -63,9 +63,14 @@ class Sandbox:
         self._containers: dict[str, Container] = {}
         self._stack = AsyncExitStack()
         self._machine: Machine | None = None
+        self._network: SandboxNetwork | None = None
         self._starting = asyncio.Lock()
         self._failure_watch: asyncio.Task[None] | None = None
         self._watches: list[asyncio.Task[None]] = []
+
+    def configure(self, config: Config) -> None:
+        """Use another configuration for the VM, which the first container brings up."""
+        self._config = config
 
     @property
     def empty(self) -> bool:
@@ -160,6 +165,9 @@ class Sandbox:
                 await machine.guarded(self._exec_in_guest(machine, process, container.exec_specs[exec_id]))
                 process.watch = asyncio.create_task(self._watch(process), name=f"wait for {process.name}")
             else:
+                if self._network is not None:
+                    with phase("settle the network"):
+                        await machine.guarded(self._network.settled())
                 hooks = hooks_seconds(container.bundle.spec.hooks.start_container)
                 with phase("start the container"):
                     await machine.guarded(machine.agent.start_container(container_id, hooks=hooks))
@@ -377,7 +385,7 @@ class Sandbox:
         async with self._starting:
             if self._machine is None:
                 machine, network = await self._start_machine(container, hooks)
-                self._machine = machine
+                self._machine, self._network = machine, network
                 self._failure_watch = asyncio.create_task(self._on_failure(machine), name="watch the machine")
                 self._watches = [
                     asyncio.create_task(self._on_events(machine), name="watch the guest's events"),
@@ -403,6 +411,7 @@ class Sandbox:
                 machine.agent.create_sandbox(self.id, hostname=hostname, shared_tag=TAG, network=network.network)
             )
         await network.resolve(machine)
+        network.forward(machine)
         return machine, network
 
     def _size(self, container: Container) -> Size:
@@ -422,7 +431,7 @@ class Sandbox:
             bind.index: add(f"mount{bind.index}", bind.source, read_only=bind.read_only, recursive=bind.recursive)
             for bind in spec.bind_mounts
         }
-        return spec.to_guest(root=root, sources=sources)
+        return spec.to_guest(root=root, sources=sources, rlimits=inherited_limits())
 
     async def _create_in_guest(self, machine: Machine, process: GuestProcess, names: list[str], spec: bytes) -> int:
         stdio = await self._open_streams(machine, process, names)
@@ -455,6 +464,9 @@ class Sandbox:
         except KatapyError as error:
             process.lose(error)
         else:
+            if oom_killed and not process.exec_id and (container := self._containers.get(process.container_id)):
+                # Whoever hears of the end looks for it at once.
+                self._host.tell_oom(container)
             process.finish(status, oom_killed=oom_killed)
         if not process.exec_id and (container := self._containers.get(process.container_id)):
             container.record.stopped(process.exit.status if process.exit else _KILLED)

@@ -72,12 +72,13 @@ def main() -> int:
         return 0
     options = _Options(**arguments)
     listening, attaching, log_fd = fds
+    logs.setup(debug=options.debug)
+    if options.engine is not None:
+        # While standard error is that fifo still: one without a writer has ended, and CRI-O reads no more.
+        logs.copy_to_fifo(options.engine["log"])
     for stream in (1, 2):
         os.dup2(log_fd, stream)
     os.close(log_fd)
-    logs.setup(debug=options.debug)
-    if options.engine is not None:
-        logs.copy_to_fifo(options.engine["log"])
     os.umask(0o077)
     # Before any thread exists: a mount namespace belongs to the thread that asks for it and to its children.
     host_mounts = enter_private_mounts()

@@ -13,12 +13,14 @@ import os
 from contextlib import AsyncExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from katapy.client.pod import network_command
+from katapy.config import Config
 from katapy.errors import InvalidArgument, KatapyError, Unsupported
 from katapy.oci.process import parse_process
 from katapy.proto import events_pb2 as events
@@ -29,6 +31,7 @@ from katapy.sandbox.sandbox import Sandbox
 from katapy.shim.events import Publisher
 from katapy.shim.metrics import metrics_of
 from katapy.shim.standin import StandIns
+from katapy.shim.wire import parse_bootstrap
 from katapy.state import Status
 from katapy.storage.rootfs import RootMount, mount_rootfs, unmount_rootfs
 from katapy.timing import phase
@@ -72,6 +75,9 @@ class TaskService:
             raise Unsupported(f"cannot create {request.id} from a checkpoint")
         stdio = StdioRequest(request.terminal, request.stdin, request.stdout, request.stderr)
         try:
+            if self._sandbox.empty and (file := parse_bootstrap(request.options.SerializeToString()).config):
+                # CRI-O names it here; containerd has done so at the start, and does it again.
+                self._sandbox.configure(await asyncio.to_thread(Config.load, Path(file)))
             # Of the command line's own time this is nearly all, and it says so itself.
             with nullcontext() if stdio.attached else phase("answer Create"):
                 process = await self._create(request, stdio)

@@ -1,4 +1,4 @@
-"""Accepting connections on a unix socket with asyncio: who is let in, and who owns the tasks that serve them.
+"""Accepting connections with asyncio: who is let in, and who owns the tasks that serve them.
 
 What is said on a connection belongs to the servers above: ttrpc_server.py, shim/attach.py.
 """
@@ -47,7 +47,7 @@ async def accepting(listening: socket.socket, serve: Serve) -> AsyncIterator[Non
 async def _accept_all(listening: socket.socket, serve: Serve) -> None:
     async with asyncio.TaskGroup() as connections:
         while True:
-            sock = await _accept(listening)
+            sock = await accept(listening)
             peer = peer_of(sock)
             if peer.uid != os.geteuid():
                 _log.warning("refused a connection from pid %d, uid %d", peer.pid, peer.uid)
@@ -58,7 +58,8 @@ async def _accept_all(listening: socket.socket, serve: Serve) -> None:
             task.add_done_callback(partial(_close, sock))
 
 
-async def _accept(listening: socket.socket) -> socket.socket:
+async def accept(listening: socket.socket) -> socket.socket:
+    """Return the next connection to a non-blocking listener, non-blocking itself and the caller's to close."""
     while True:
         # Not loop.sock_accept(): when it is cancelled just after a connection came, that one is lost.
         await readable(listening.fileno())

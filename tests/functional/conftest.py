@@ -12,11 +12,14 @@ import errno
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import cri as kubernetes
 import pytest
+from containerd_daemon import Containerd
 from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_bundle, make_busybox
 
 from katapy.cgroups.directory import MARK
@@ -30,7 +33,9 @@ _STARTS_OF_THEIR_OWN = (
     "test_restored.py",
     "test_containerd.py",
     "test_cri.py",
+    "test_cri_streaming.py",
     "test_docker.py",
+    "test_played_engines.py",
     "test_installed_engines.py",
 )
 _COLD = "[hypervisor]\ntemplate = false\n"
@@ -109,7 +114,8 @@ def _left_cgroups(known: set[str]) -> set[str]:
     None of our processes is left when this is called. What others make is empty for a moment at each end.
     """
     deadline = time.monotonic() + _GONE_WITHIN
-    while left := {path for path in _cgroups() - known if _is_katapys(path) and not _in_use(path)}:
+    left = _cgroups() - known
+    while left := {path for path in left if _is_katapys(path) and not _in_use(path)}:
         if time.monotonic() > deadline:
             break
     return left
@@ -187,3 +193,23 @@ def bundle(tmp_path: Path, busybox: Path) -> MakeBundle:
         return make_bundle(directory, rootfs or busybox, args, edit=edit, readonly=rootfs is None)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def cri_daemon(busybox: Path) -> Iterator[Containerd]:
+    """containerd with its CRI plugin."""
+    with tempfile.TemporaryDirectory(prefix="katapy-") as name, kubernetes.start_plugin(Path(name), busybox) as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="session")
+def cri_messages(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """The messages of that plugin."""
+    return kubernetes.load_messages(tmp_path_factory.mktemp("cri"))
+
+
+@pytest.fixture
+def cri(cri_daemon: Containerd, cri_messages: object, host: None) -> Iterator[kubernetes.Cri]:
+    """A client of that plugin."""
+    with kubernetes.connect(cri_daemon, cri_messages) as client:
+        yield client

@@ -1,4 +1,4 @@
-"""What Kubernetes says to containerd: a client of its CRI plugin, and the configuration that the plugin needs.
+"""What Kubernetes says to containerd: a daemon with its CRI plugin, and a client.
 
 The messages are generated from cri.proto when a test needs them.
 """
@@ -6,9 +6,11 @@ The messages are generated from cri.proto when a test needs them.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from containerd_daemon import Containerd, start_containerd, write_image
-from harness import DEADLINE
+from containerd_daemon import CTR, IMAGE, Containerd, start_containerd, write_image
+from harness import DEADLINE, descendants
 
+PLUGINS = Path("/usr/lib/cni")
+MISSING = "" if CTR.exists() and (PLUGINS / "ptp").exists() else "containerd or CNI's plugins are not installed"
+"""Why there is no daemon to test with."""
 HANDLER = "katapy"
 SLEEP = ("sleep", "1000")
 PAUSE = "localhost/pause:test"
@@ -79,6 +84,36 @@ def _own_network() -> Iterator[str]:
         subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
+@contextmanager
+def connect(daemon: Containerd, messages: Any) -> Iterator[Cri]:
+    """Give a client; afterwards there is no pod, and nothing of one."""
+    known = descendants()
+    with grpc.insecure_channel(f"unix://{daemon.directory}/containerd.sock") as channel:
+        yield Cri(channel, messages, IMAGE)
+    assert list(daemon.root.iterdir()) == [], "state left behind"
+    await_true(lambda: not [name for pid, name in descendants().items() if pid not in known and "shim" in name])
+
+
+@contextmanager
+def pod(cri: Cri, logs: Path, name: str = "p1") -> Iterator[tuple[str, Any]]:
+    """Run a pod while the context lasts; yield its id and its configuration."""
+    config = cri.pod_config(name, logs)
+    sandbox = cri.run_pod(config)
+    try:
+        yield sandbox, config
+    finally:
+        cri.pod("StopPodSandbox", sandbox)
+        cri.pod("RemovePodSandbox", sandbox)
+
+
+def await_true(condition: Callable[[], bool]) -> None:
+    """Wait until something is so of which nothing tells."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def load_messages(directory: Path) -> Any:
     """Generate the module of the messages in ``directory`` and return it."""
     from grpc_tools import protoc
@@ -132,7 +167,16 @@ class Cri:
         """Make a call that is about a pod."""
         return self.call(method, self.messages.PodSandboxRequest(pod_sandbox_id=pod))
 
-    def create(self, pod: str, config: Any, name: str, command: Sequence[str], memory: int = 0) -> str:
+    def namespace(self, pod: str) -> Path:
+        """Return the network namespace of a pod, in which an engine forwards a port."""
+        request = self.messages.PodSandboxRequest(pod_sandbox_id=pod, verbose=True)
+        info = json.loads(self.call("PodSandboxStatus", request).info["info"])
+        (path,) = (each["path"] for each in info["runtimeSpec"]["linux"]["namespaces"] if each["type"] == "network")
+        return Path(path)
+
+    def create(
+        self, pod: str, config: Any, name: str, command: Sequence[str], memory: int = 0, stdin: bool = False
+    ) -> str:
         """Create a container in a pod and return its id."""
         pb = self.messages
         container = pb.ContainerConfig(
@@ -140,6 +184,7 @@ class Cri:
             image=pb.ImageSpec(image=self.image),
             command=command,
             log_path=f"{name}.log",
+            stdin=stdin,
             linux=pb.LinuxContainerConfig(
                 resources=pb.LinuxContainerResources(memory_limit_in_bytes=memory),
                 security_context=pb.LinuxContainerSecurityContext(namespace_options=pb.NamespaceOption(pid=1)),
@@ -152,9 +197,9 @@ class Cri:
         """Make a call that is about a container."""
         return self.call(method, self.messages.ContainerRequest(container_id=container))
 
-    def start(self, pod: str, config: Any, name: str, *command: str, memory: int = 0) -> str:
+    def start(self, pod: str, config: Any, name: str, *command: str, memory: int = 0, stdin: bool = False) -> str:
         """Run a container in a pod and return its id."""
-        container = self.create(pod, config, name, command, memory)
+        container = self.create(pod, config, name, command, memory, stdin)
         self.container("StartContainer", container)
         return container
 

@@ -39,12 +39,15 @@ class Docker:
         path = f"{DOCKER.parent}:{KATAPY.parent}:/usr/sbin:/usr/bin:/sbin:/bin"
         return {"PATH": path, "HOME": str(self.directory), "DOCKER_HOST": f"unix://{self.directory}/docker.sock"}
 
-    def on_host(self, *argv: str | Path, check: bool = True, timeout: float = DEADLINE) -> Done:
+    def on_host(
+        self, *argv: str | Path, stdin: str | None = None, check: bool = True, timeout: float = DEADLINE
+    ) -> Done:
         """Run a program where the daemon is at home, as far as networks go."""
         command = ["nsenter", f"--net=/run/netns/{self.namespace}", "--", *map(str, argv)]
         done = subprocess.run(
             command,
-            stdin=subprocess.DEVNULL,
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -54,13 +57,13 @@ class Docker:
         assert not check or done.returncode == 0, f"{argv}: status {done.returncode}: {done.stderr}"
         return Done(done.returncode, done.stdout, done.stderr)
 
-    def __call__(self, *args: str | Path, check: bool = True) -> Done:
+    def __call__(self, *args: str | Path, stdin: str | None = None, check: bool = True) -> Done:
         """Run ``docker`` to its end."""
-        return self.on_host(DOCKER, *args, check=check)
+        return self.on_host(DOCKER, *args, stdin=stdin, check=check)
 
-    def run(self, *args: str | Path, runtime: str = "katapy", check: bool = True) -> Done:
+    def run(self, *args: str | Path, runtime: str = "katapy", stdin: str | None = None, check: bool = True) -> Done:
         """Run ``docker run``."""
-        return self("run", "--runtime", runtime, *args, check=check)
+        return self("run", "--runtime", runtime, *args, stdin=stdin, check=check)
 
 
 @contextlib.contextmanager

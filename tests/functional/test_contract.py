@@ -140,7 +140,7 @@ def test_an_interface_that_a_hook_makes_is_in_the_vm(katapy: Katapy, bundle: Mak
     """In the namespace of the process whose pid the hook is told; attached and detached."""
     script = """
         pid=$(sed 's/.*"pid": *\\([0-9]*\\).*/\\1/')
-        ip link add katapy-k type veth peer name eth7 netns $pid
+        ip link add katapy-$pid type veth peer name eth7 netns $pid
         nsenter --net=/proc/$pid/ns/net ip address add 192.0.2.7/24 dev eth7
         nsenter --net=/proc/$pid/ns/net ip link set eth7 up
     """

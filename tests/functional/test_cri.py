@@ -4,65 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import pytest
-from containerd_daemon import CTR, IMAGE, Containerd
-from cri import SLEEP, Cri, load_messages, start_plugin
-from harness import DEADLINE, descendants
+from containerd_daemon import Containerd
+from cri import MISSING, SLEEP, Cri, await_true, pod
 
-pytestmark = pytest.mark.skipif(
-    not (CTR.exists() and Path("/usr/lib/cni/ptp").exists()), reason="containerd or CNI's plugins are not installed"
-)
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 RUNNING, EXITED = 1, 2
-
-
-@pytest.fixture(scope="module")
-def daemon(busybox: Path) -> Iterator[Containerd]:
-    """A daemon with the plugin, in a network namespace of its own."""
-    with tempfile.TemporaryDirectory(prefix="katapy-") as name, start_plugin(Path(name), busybox) as containerd:
-        yield containerd
-
-
-@pytest.fixture(scope="module")
-def messages(tmp_path_factory: pytest.TempPathFactory) -> object:
-    return load_messages(tmp_path_factory.mktemp("cri"))
-
-
-@pytest.fixture
-def cri(daemon: Containerd, messages: object, host: None) -> Iterator[Cri]:
-    """A client; afterwards there is no pod, and nothing of one."""
-    known = descendants()
-    with grpc.insecure_channel(f"unix://{daemon.directory}/containerd.sock") as channel:
-        yield Cri(channel, messages, IMAGE)
-    assert list(daemon.root.iterdir()) == [], "state left behind"
-    deadline = time.monotonic() + DEADLINE
-    while left := [name for pid, name in descendants().items() if pid not in known and "shim" in name]:
-        assert time.monotonic() < deadline, left
-
-
-@contextmanager
-def pod(cri: Cri, tmp_path: Path, name: str = "p1") -> Iterator[tuple[str, object]]:
-    """Run a pod while the context lasts; yield its id and its configuration."""
-    config = cri.pod_config(name, tmp_path)
-    sandbox = cri.run_pod(config)
-    try:
-        yield sandbox, config
-    finally:
-        cri.pod("StopPodSandbox", sandbox)
-        cri.pod("RemovePodSandbox", sandbox)
-
-
-def await_true(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def state(cri: Cri, container: str) -> tuple[int, int]:
@@ -130,13 +79,13 @@ def test_memory_limits(cri: Cri, tmp_path: Path) -> None:
         assert (found.exit_code, found.reason) == (137, "OOMKilled")
 
 
-def test_killed_shim(cri: Cri, daemon: Containerd, tmp_path: Path) -> None:
+def test_killed_shim(cri: Cri, cri_daemon: Containerd, tmp_path: Path) -> None:
     """All of the pod has ended, and can be removed; another pod never notices."""
     with pod(cri, tmp_path, "p2") as (other, config):
         witness = cri.start(other, config, "c1", *SLEEP)
         with pod(cri, tmp_path) as (sandbox, config):
             containers = [cri.start(sandbox, config, name, *SLEEP) for name in ("c2", "c3")]
-            os.kill(daemon.shim(sandbox), signal.SIGKILL)
+            os.kill(cri_daemon.shim(sandbox), signal.SIGKILL)
             for container in containers:
                 await_true(lambda container=container: state(cri, container)[0] == EXITED)  # type: ignore[misc]
         assert cri.execute(witness, "echo", "alive")[1] == "alive\n"

@@ -6,56 +6,22 @@ and the test is skipped with it.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import select
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine import Done, Engine
-from harness import DEADLINE, await_ends, descendants, make_busybox
+from facts import FACTS, TYPED, difference, on_terminal
+from harness import await_ends, descendants, make_busybox
 
 CONMON_SECONDS = 10.0
 SOURCE = Path(__file__).resolve().parents[2]
-
-# What a container may look at, as lines that must be the same with any runtime (/dev/core goes by the kernel).
-FACTS = r"""
-part() { echo "== $1"; }
-part identity; id; grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask|SigBlk)' /proc/self/status
-part environment; env | sort
-part place; pwd; stat -c '%a %u:%g' .; hostname; cat /etc/hostname; grep -c . /etc/hosts
-part limits; grep -v 'pending signals' /proc/self/limits; cat /proc/self/oom_score_adj
-part devices; stat -c '%A %u:%g %t:%T %N' /dev/* /dev/pts/* | grep -v /dev/core
-part modes; stat -c '%a %u:%g %F %n' / /dev /dev/shm /dev/mqueue /proc /sys /run /tmp /var/tmp /new /ro /rw 2> /dev/null
-part sizes; for place in /dev /dev/shm $(grep -o " /tmp " /proc/mounts); do
-    df -k $place | tail -n 1 | awk '{print $2, $6}'
-done
-part options; while read -r _ place _ options _; do
-    case $place in
-    # Which of those to hide or protect there are, is the kernel's affair.
-    /sys/* | /proc/acpi | /proc/asound | /proc/bus | /proc/fs | /proc/irq | /proc/kcore | /proc/keys) ;;
-    /proc/latency_stats | /proc/sched_debug | /proc/scsi | /proc/sysrq-trigger | /proc/timer*) ;;
-    *) echo "$place $(echo "$options" | tr ',' '\n' |
-        grep -xE 'ro|rw|nosuid|noexec|relatime|noatime|(gid|ptmxmode)=.*' | tr '\n' ',')" ;;
-    esac
-done < /proc/mounts | sort
-part hidden; for path in /proc/keys /proc/timer_list /proc/acpi /proc/scsi /sys/firmware; do
-    [ -e $path ] && stat -c '%F %t:%T %n' $path && cat $path 2> /dev/null | head -c 1 | wc -c
-done
-part writable; for path in / /etc /dev /dev/shm /run /tmp /new /ro /rw /root /sys; do
-    touch $path/probe 2> /dev/null && echo $path && rm $path/probe
-done
-part kernel; for path in sys/kernel/hostname sysrq-trigger irq bus fs; do
-    grep -c " /proc/${path%%/*} ro," /proc/mounts; done; mount -t tmpfs x /tmp 2> /dev/null && echo mounted
-part process; tr '\\0' ' ' < /proc/1/cmdline; ls /proc/self/fd | wc -l
-"""
 
 
 @pytest.fixture
@@ -73,6 +39,8 @@ def engine(host: None) -> Iterator[Engine]:
 
 def _clean_up(made: Engine, known: Collection[int]) -> None:
     left = list(made.containers())
+    if left:
+        made("podman", "pod", "rm", "--all", "--force", "--time", "0", check=False)
     for name in left:
         made("podman", "rm", "--force", "--time", "0", name, check=False)
     # It may still be tidying up after its container, in its cgroup; who stays longer is for ``host`` to find.
@@ -166,7 +134,13 @@ def test_a_container_s_life(engine: Engine) -> None:
     assert engine.podman("exec", *options, "c1", "sh", "-c", "id -u; pwd; echo $A").out.split() == ["1000", "/tmp", "c"]
     for program, status in (("nonesuch", 127), ("/etc/passwd", 126)):
         assert engine.podman("exec", "c1", program, check=False).status == status
-    assert _on_terminal(engine, "podman", "exec", "-it", "c1", "sh", "-c", "tty; read x; exit $x") == 6
+    assert on_terminal(engine, "podman", "exec", "-it", "c1", "sh", "-c", TYPED) == 6
+
+    figures = json.loads(engine.podman("stats", "--no-stream", "--format", "json", "c1").out)[0]
+    assert int(figures["pids"]) > 5  # the VM's, on the host
+    engine.podman("pause", "c1")
+    assert _inspect(engine, "c1")["Status"] == "paused"
+    engine.podman("unpause", "c1")
 
     engine.podman("stop", "c1")
     state = _inspect(engine, "c1")
@@ -187,27 +161,35 @@ def test_a_container_s_life(engine: Engine) -> None:
     assert engine.podman("ps", "--all", "--quiet").out == ""
 
 
-def _on_terminal(engine: Engine, *argv: str) -> int:
-    """Run a command on a terminal of its own, answer ``6`` once it has said which, and return its status."""
-    master, slave = os.openpty()
-    with subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=engine.env, cwd=engine.directory) as run:
-        os.close(slave)
-        seen = b""
-        while b"/dev/pts/" not in seen and b"/dev/console" not in seen:
-            assert select.select([master], [], [], DEADLINE)[0], f"nothing but {seen!r}"
-            seen += os.read(master, 1024)
-        os.write(master, b"6\r")
-        with suppress(OSError):  # the last one has closed it
-            while select.select([master], [], [], DEADLINE)[0] and os.read(master, 1024):
-                pass
-        os.close(master)
-        return run.wait(DEADLINE)
+def test_copies(engine: Engine) -> None:
+    """Into and out of a running container; they were into and out of the host, where podman looks by the pid.
+
+    What only the guest has, it cannot have: that is refused, and nothing goes elsewhere.
+    """
+    given, volume = engine.directory / "given", engine.directory / "volume"
+    given.write_text("given\n")
+    volume.mkdir()
+    options = ("--tmpfs", "/tmp", "--volume", f"{volume}:/volume", "--volume", f"{volume}:/kept:ro")
+    engine.run("--detach", "--name", "c1", *options, "--rootfs", engine.rootfs, "sleep", "1000")
+    name = f"katapy-copy-{os.getpid()}"
+    engine.podman("cp", given, f"c1:/{name}")
+    engine.podman("cp", given, f"c1:/volume/{name}")
+    assert engine.podman("exec", "c1", "cat", f"/{name}", f"/volume/{name}").out == "given\n" * 2
+    assert not Path("/", name).exists()
+    engine.podman("cp", "c1:/etc/passwd", engine.directory / "taken")
+    assert (engine.directory / "taken").read_text() == Path(engine.rootfs, "etc/passwd").read_text()
+    for place in ("tmp", "kept"):
+        refused = engine.podman("cp", given, f"c1:/{place}/new", check=False)
+        assert "read-only file system" in refused.err
+        assert not Path("/", place, "new").exists()
+    assert os.listdir(volume) == [name]
+    engine.podman("rm", "--force", "--time", "0", "c1")
 
 
 def test_terminal(engine: Engine) -> None:
     """And --rm: nothing is left of it."""
     argv = engine.create("run", "--rm", "-it", "--rootfs", engine.rootfs)
-    assert _on_terminal(engine, *argv, "sh", "-c", "test -t 0 && test -t 2 && tty; read x; exit $x") == 6
+    assert on_terminal(engine, *argv, "sh", "-c", TYPED) == 6
 
 
 def test_limits(engine: Engine) -> None:
@@ -218,9 +200,12 @@ def test_limits(engine: Engine) -> None:
         read -r _ refused < pids.events; echo $((refused > 0))
         exec tail /dev/zero"""
     limits = ("--memory", "64m", "--memory-swap", "64m", "--cpus", "0.5", "--pids-limit", "10")
-    done = engine.run("--rm", *limits, "--rootfs", engine.rootfs, "sh", "-c", script, check=False)
+    done = engine.run("--name", "c1", *limits, "--rootfs", engine.rootfs, "sh", "-c", script, check=False)
     assert done.out.split() == [str(64 << 20), "10", "50000", "100000", "1"]
     assert done.status == 137
+    # Which podman's conmon cannot see: the cgroup that it watches is another.
+    assert _inspect(engine, "c1")["OOMKilled"]
+    engine.podman("rm", "c1")
 
 
 _CONFINED = [
@@ -267,8 +252,7 @@ def test_a_container_sees_what_it_sees_with_runc(engine: Engine, options: list[s
             pytest.skip(f"podman cannot run runc on this machine either: {done.err.strip()}")
         found.append(f"{done.out}status {done.status}".splitlines())
     assert len(found[0]) > 60, done.err
-    difference = list(difflib.unified_diff(found[0], found[1], "runc", "katapy", n=1, lineterm=""))
-    assert not difference, "\n".join(difference)
+    assert not (unlike := difference(*found)), unlike
 
 
 def test_volumes(engine: Engine) -> None:
@@ -333,6 +317,67 @@ def test_networks(engine: Engine, elsewhere: Callable[..., Done]) -> None:
     assert elsewhere(*page).out == Path(engine.rootfs, "etc/passwd").read_text()
     elsewhere("podman", "rm", "--force", "--time", "0", "web")
     elsewhere("podman", "network", "rm", "own")
+
+
+def test_a_pod(engine: Engine, elsewhere: Callable[..., Done]) -> None:
+    """Its infra container is the sandbox: one VM, one network, a published port; and all of it stops and starts."""
+    podman = ("podman", "--runtime", "katapy")
+    shared = ("--share", "net,ipc,uts,pid", "--hostname", "inside", "--publish", "8082:80")
+    elsewhere(*podman, "pod", "create", "--name", "p1", *shared, "--cgroup-parent", engine.cgroup)
+    run = (*podman, "run", "--pod", "p1", "--rootfs", engine.rootfs)
+    elsewhere(*run[:-2], "--detach", "--name", "web", *run[-2:], "httpd", "-f", "-p", "80", "-h", "/etc")
+    script = """
+        hostname; wget -q -O- http://127.0.0.1/group; ps -o args | grep -cE '^(httpd -f|.catatonit -P)'
+        ls /sys/class/net; cat /sys/fs/cgroup/memory.max /proc/sys/kernel/random/boot_id; echo shared > /dev/shm/file
+    """
+    seen = elsewhere(*run[:-2], "--rm", "--memory", "32m", *run[-2:], "sh", "-c", script).out
+    group = Path(engine.rootfs, "etc/group").read_text()
+    look = ("exec", "web", "cat", "/proc/sys/kernel/random/boot_id", "/dev/shm/file")
+    boot, shared_file = engine.podman(*look).out.splitlines()
+    assert seen == f"inside\n{group}2\neth0\nlo\n{32 << 20}\n{boot}\n"
+    assert shared_file == "shared"
+    page = ("busybox", "wget", "-q", "-O-", "http://127.0.0.1:8082/group")
+    assert elsewhere(*page).out == group
+
+    def status() -> str:
+        return engine.podman("pod", "inspect", "p1", "--format", "{{.State}}").out.strip()
+
+    assert status() == "Running"
+    elsewhere(*podman, "pod", "pause", "p1")
+    assert status() == "Paused"
+    elsewhere(*podman, "pod", "unpause", "p1")
+    elsewhere(*podman, "pod", "stop", "--time", "0", "p1")
+    assert status() == "Exited"
+    elsewhere(*podman, "pod", "start", "p1")
+    assert engine.podman("exec", "web", "cat", "/proc/sys/kernel/random/boot_id").out.strip() != boot
+    elsewhere(*podman, "pod", "rm", "--force", "--time", "0", "p1")
+
+
+CONTAINERFILE = """
+FROM scratch AS base
+COPY rootfs /
+ENV PATH=/bin WORD=built
+FROM base AS tools
+RUN uname -r > /kernel && echo "$WORD" > /word && mkdir /srv && chown user /srv
+FROM base
+COPY --from=tools /kernel /word /
+COPY --from=tools --chown=user /srv /srv
+USER user
+WORKDIR /srv
+RUN id -u > who && pwd > where && ! touch /kernel 2> /dev/null
+CMD cat /kernel /word who where
+"""
+
+
+def test_an_image_that_is_built(engine: Engine) -> None:
+    """From a Containerfile, each RUN in a VM; then it runs."""
+    (engine.directory / "Containerfile").write_text(CONTAINERFILE)
+    options = ("--isolation", "oci", "--network", "none", "--runtime", engine.directory / "katapy")
+    engine("buildah", "build", *options, "--tag", "localhost/image", ".")
+    kernel, *rest = engine.run("--rm", "localhost/image").out.splitlines()
+    assert kernel != os.uname().release
+    assert rest == ["built", "1000", "/srv"]
+    engine("podman", "image", "rm", "--all", "--force")
 
 
 def test_buildah(engine: Engine) -> None:

@@ -8,6 +8,7 @@ import re
 import select
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,19 @@ VNET_HEADER: Final = bytes(10)
 ETH_P_ALL: Final = 3
 T = TypeVar("T")
 WITHOUT_VHOST: Final = Settings(vhost=False)
+ROOT: Final = Path(__file__).parents[2]
+# Connects, says so, and waits to be killed.
+OWNER: Final = """
+import asyncio, logging, os, sys
+from katapy.network.pod import Helper, PodNetwork, Settings
+logging.basicConfig(level=logging.DEBUG)
+async def main():
+    network = PodNetwork(os.open(sys.argv[1], os.O_RDONLY), Settings(vhost=False, egress_rate=int(sys.argv[2])))
+    await network.connect(Helper())
+    print("connected", flush=True)
+    sys.stdin.read()
+asyncio.run(main())
+"""
 
 
 def run(*argv: str) -> str:
@@ -204,6 +218,26 @@ class Lab:
             if done.returncode:
                 pytest.skip(f"this kernel has no macvtap: {done.stderr.strip()}")
             self.ip("link delete probe")
+
+    def owner(self, *wrapper: str, egress_rate: int = 0) -> subprocess.Popen[str]:
+        """Start a process that connects the pod, and wait until it has; ``wrapper`` is what it is started by."""
+        process = subprocess.Popen(
+            [*wrapper, sys.executable, "-c", OWNER, str(self.path), str(egress_rate)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
+        def end() -> None:
+            process.kill()
+            process.communicate()
+
+        self.stack.callback(end)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "connected\n"
+        return process
 
     async def connect(self, settings: Settings = WITHOUT_VHOST) -> Connection:
         """Connect the pod; undone at the end of the test."""

@@ -81,6 +81,25 @@ def test_a_host_without_taps_is_told() -> None:
 
 
 @pytest.mark.root
+def test_a_port_forward_is_tried(tmp_path: Path) -> None:
+    assert _check()["port-forward"] == (True, "the loopback of a pod's network namespace leads to its guest")
+    config = tmp_path / "katapy.toml"
+    for text in ('model = "none"', "forward_loopback = false"):
+        config.write_text(f"[network]\n{text}\n")
+        assert _check("--config", config)["port-forward"] == (True, f"none: network.{text.split()[0]} says so")
+
+
+@pytest.mark.root
+def test_a_host_that_refuses_bpf_is_told() -> None:
+    """Containers run there all the same."""
+    refused = (sys.executable, str(Path(__file__).with_name("without_bpf.py")))
+    ok, detail = _check(prefix=refused)["port-forward"]
+    assert ok
+    assert detail.startswith("none, a pod's loopback on the host is not its guest's: ")
+    assert detail.endswith("cannot make a BPF map of sockets: operation not permitted")
+
+
+@pytest.mark.root
 def test_engines_are_looked_at(tmp_path: Path) -> None:
     """Those that are there, and whether they have katapy; none has to be there, and what is wrong with one is told."""
     etc, programs = tmp_path / "etc", tmp_path / "bin"

@@ -9,7 +9,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,46 +24,14 @@ from katapy.network.pod import Helper, PodNetwork, Settings, clean
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
-ROOT = Path(__file__).parents[2]
 # A filter of somebody else, asked after katapy's own.
 FOREIGN = "pref 60000 protocol ip u32 match ip src 10.1.0.99/32 action mirred egress redirect dev lo"
-# Connects, says so, and waits to be killed.
-OWNER = """
-import asyncio, os, sys
-from katapy.network.pod import Helper, PodNetwork, Settings
-async def main():
-    network = PodNetwork(os.open(sys.argv[1], os.O_RDONLY), Settings(vhost=False, egress_rate=int(sys.argv[2])))
-    await network.connect(Helper())
-    print("connected", flush=True)
-    sys.stdin.read()
-asyncio.run(main())
-"""
 
 
 @pytest.fixture
 def lab() -> Iterator[Lab]:
     with nothing_left(), ExitStack() as stack:
         yield Lab(stack)
-
-
-def owner(lab: Lab, egress_rate: int = 0) -> subprocess.Popen[str]:
-    """Start a process that connects the pod, and wait until it has."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(lab.path), str(egress_rate)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-
-    def end() -> None:
-        process.kill()
-        process.communicate()
-
-    lab.stack.callback(end)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "connected\n"
-    return process
 
 
 # -- what is found
@@ -312,7 +279,7 @@ async def test_an_interface_without_a_queue_has_none_afterwards(lab: Lab) -> Non
     before = lab.snapshot()
     (await lab.connect(Settings(vhost=False, egress_rate=10**6))).close()
     assert lab.snapshot() == before
-    process = owner(lab)
+    process = lab.owner()
     process.kill()
     process.wait()
     await clean(lab.path)
@@ -339,7 +306,7 @@ async def test_what_a_killed_owner_leaves_is_cleaned(lab: Lab, egress_rate: int,
         lab.tc(f"qdisc add dev eth0 {qdisc}")
         lab.tc(f"filter add dev eth0 ingress {FOREIGN}")
     before = lab.snapshot()
-    process = owner(lab, egress_rate)
+    process = lab.owner(egress_rate=egress_rate)
     held = lab.snapshot()
     await pod.clean(lab.path)
     assert lab.snapshot() == held  # its VM lives
@@ -359,7 +326,7 @@ async def test_cleaning_what_is_gone_does_nothing(tmp_path: Path) -> None:
 async def test_after_a_crash_the_namespace_can_be_connected_again(lab: Lab) -> None:
     lab.veth("eth0", "p0", "10.1.0.2/24")
     before = lab.snapshot()
-    process = owner(lab, 10**6)
+    process = lab.owner(egress_rate=10**6)
     process.kill()
     process.wait()
     connection = await lab.connect(Settings(vhost=False, egress_rate=10**6))

@@ -86,6 +86,7 @@ def test_every_key_is_taken() -> None:
         ingress_rate = "10M"
         egress_rate = "1500k"
         vhost = false
+        forward_loopback = false
         [runtime]
         data_dir = "/d"
         boot_timeout = 7
@@ -114,6 +115,7 @@ def test_every_key_is_taken() -> None:
         "ingress_rate": 10_000_000,
         "egress_rate": 1_500_000,
         "vhost": False,
+        "forward_loopback": False,
     }
     assert values["runtime"] == {"data_dir": Path("/d"), "boot_timeout": 7.0}
     assert {name: {key.name for key in fields(section)} for name, section in SECTIONS.items()} == {

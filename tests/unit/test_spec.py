@@ -444,6 +444,47 @@ def test_unsupported(path: str, value: Any, message: str) -> None:
     assert str(error) == f"config.json: {message}"
 
 
+SANDBOX = {"io.kubernetes.cri-o.ContainerType": "sandbox", "io.kubernetes.cri-o.SandboxID": "s1"}
+MEMBER = {**SANDBOX, "io.kubernetes.cri-o.ContainerType": "container"}
+PODMAN = {"io.container.manager": "libpod", "io.kubernetes.cri-o.SandboxID": "s1"}
+
+
+def test_the_sandbox_of_a_pod_of_crio_s() -> None:
+    """Its namespaces are kept by files on the host, and were refused. They become new ones, and nobody's to join."""
+    document = changed("annotations", SANDBOX)
+    for namespace in document["linux"]["namespaces"]:
+        if namespace["type"] in ("ipc", "uts", "network"):
+            namespace["path"] = f"/run/{namespace['type']}ns/1"
+    spec = spec_of(document)
+    assert (spec.sandbox, spec.joined_namespaces) == ("", ())
+    assert b"/run/" not in spec.to_guest(root="/r", sources={})
+    for kind in ("pid", "mount"):
+        other = copy.deepcopy(document)
+        other["linux"]["namespaces"] = [{"type": kind, "path": "/run/other"}]
+        assert isinstance(error_of(other), Unsupported)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "shares", "sandbox"),
+    [
+        (MEMBER, False, "s1"),
+        (MEMBER, True, "s1"),
+        ({**MEMBER, **PODMAN}, True, "s1"),
+        # Where podman names a sandbox that is none: without an infra container, or without anything to share.
+        ({**MEMBER, **PODMAN}, False, ""),
+        # From its version 5 on.
+        (PODMAN, True, "s1"),
+        (PODMAN, False, ""),
+        ({"io.container.manager": "libpod"}, False, ""),
+    ],
+)
+def test_whose_vm_a_container_joins(annotations: dict[str, str], shares: bool, sandbox: str) -> None:
+    document = changed("annotations", annotations)
+    if shares:
+        document["linux"]["namespaces"][1]["path"] = "/proc/1/ns/ipc"
+    assert spec_of(document).sandbox == sandbox
+
+
 def test_a_path_with_commas_quotes_and_spaces_is_kept(tmp_path: Path) -> None:
     document = changed("root/path", '/a b,c="d"/rootfs')
     assert spec_of(document).rootfs == '/a b,c="d"/rootfs'
