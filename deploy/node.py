@@ -92,15 +92,17 @@ def find_engine(host: Path) -> str:
     raise Failure("neither containerd nor CRI-O runs here")
 
 
-def label_node(name: str, value: str | None) -> None:
-    """Set the label, or remove it."""
+def label_request(server: str, token: str, name: str, value: str | None) -> urllib.request.Request:
+    """Return the request that sets the label of a node, or removes it (Kubernetes API, "Patch Node")."""
     body = json.dumps({"metadata": {"labels": {LABEL: value}}}).encode()
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/merge-patch+json"}
+    return urllib.request.Request(f"{server}/api/v1/nodes/{name}", body, headers, method="PATCH")
+
+
+def label_node(name: str, value: str | None) -> None:
+    """Set the label, or remove it, as the account of the pod."""
     server = f"https://{os.environ['KUBERNETES_SERVICE_HOST']}:{os.environ['KUBERNETES_SERVICE_PORT']}"
-    headers = {
-        "Authorization": f"Bearer {(_ACCOUNT / 'token').read_text()}",
-        "Content-Type": "application/merge-patch+json",
-    }
-    request = urllib.request.Request(f"{server}/api/v1/nodes/{name}", body, headers, method="PATCH")
+    request = label_request(server, (_ACCOUNT / "token").read_text(), name, value)
     context = ssl.create_default_context(cafile=str(_ACCOUNT / "ca.crt"))
     with urllib.request.urlopen(request, context=context, timeout=30):
         print(f"{name}: {LABEL}={value or ''}", flush=True)

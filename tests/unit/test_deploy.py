@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,14 @@ def test_a_node_is_told_what_it_lacks(payload: Path, tmp_path: Path) -> None:
     with pytest.raises(node.Failure, match=r"apt-get install --no-install-recommends python3$"):
         node.install({"NODE_NAME": "n1", "INSTALL_PACKAGES": "false"}, payload, host)
     assert not (host / "opt").exists()
+
+
+@pytest.mark.parametrize("value", ["true", None])
+def test_how_a_label_is_asked_for(value: str | None) -> None:
+    """A merge patch, in which null removes (RFC 7386)."""
+    request = node.label_request("https://10.0.0.1:443", "secret", "n1", value)
+    assert (request.method, request.full_url) == ("PATCH", "https://10.0.0.1:443/api/v1/nodes/n1")
+    assert isinstance(request.data, bytes)
+    assert json.loads(request.data) == {"metadata": {"labels": {"katapy.dev/runtime": value}}}
+    assert request.headers["Content-type"] == "application/merge-patch+json"
+    assert request.headers["Authorization"] == "Bearer secret"
