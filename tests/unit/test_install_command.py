@@ -47,6 +47,18 @@ def test_what_is_said(root: Path) -> None:
     assert run(root, "--docker", "--uninstall").output == nothing
 
 
+def test_a_plugin_that_is_disabled(root: Path) -> None:
+    """As docker's package of containerd has it: what is written is right, and will not be read."""
+    config = root / "etc/containerd/config.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text('disabled_plugins = ["cri"]\n')
+    done = run(root, "--containerd")
+    assert done.exit_code == 0
+    assert "katapy: warning: disabled_plugins in /etc/containerd/config.toml has the CRI plugin" in done.output
+    config.write_text("disabled_plugins = ['io.containerd.snapshotter.v1.aufs']\n")
+    assert "warning" not in run(root, "--containerd").output
+
+
 def test_a_dry_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It writes nothing, for which one need not be root."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
