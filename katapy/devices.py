@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,19 @@ class Nic:
     device: str
     tap_fds: tuple[int, ...]
     vhost_fds: tuple[int, ...] = ()
+
+
+class SharedMemory(NamedTuple):
+    """A tmpfs in the guest's memory that containers of the pod share under a ``name``.
+
+    ``size_bytes`` 0 is the kernel's own limit; ``mode``, ``uid`` and ``gid`` are of its root.
+    """
+
+    name: str
+    size_bytes: int
+    mode: int
+    uid: int
+    gid: int
 
 
 Device = SharedDir | Disk | KernelVsock | UserVsock

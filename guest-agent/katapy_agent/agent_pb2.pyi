@@ -193,20 +193,36 @@ class Stdio(_message.Message):
     def __init__(self, terminal: _Optional[bool] = ..., stdin: _Optional[str] = ..., stdout: _Optional[str] = ..., stderr: _Optional[str] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ...) -> None: ...
 
 class CreateContainerRequest(_message.Message):
-    __slots__ = ("container_id", "spec", "stdio", "joined_container_id", "joined_namespaces", "bundle")
+    __slots__ = ("container_id", "spec", "stdio", "joined_container_id", "joined_namespaces", "bundle", "memory")
     CONTAINER_ID_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STDIO_FIELD_NUMBER: _ClassVar[int]
     JOINED_CONTAINER_ID_FIELD_NUMBER: _ClassVar[int]
     JOINED_NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     container_id: str
     spec: bytes
     stdio: Stdio
     joined_container_id: str
     joined_namespaces: _containers.RepeatedScalarFieldContainer[str]
     bundle: str
-    def __init__(self, container_id: _Optional[str] = ..., spec: _Optional[bytes] = ..., stdio: _Optional[_Union[Stdio, _Mapping]] = ..., joined_container_id: _Optional[str] = ..., joined_namespaces: _Optional[_Iterable[str]] = ..., bundle: _Optional[str] = ...) -> None: ...
+    memory: _containers.RepeatedCompositeFieldContainer[SharedMemory]
+    def __init__(self, container_id: _Optional[str] = ..., spec: _Optional[bytes] = ..., stdio: _Optional[_Union[Stdio, _Mapping]] = ..., joined_container_id: _Optional[str] = ..., joined_namespaces: _Optional[_Iterable[str]] = ..., bundle: _Optional[str] = ..., memory: _Optional[_Iterable[_Union[SharedMemory, _Mapping]]] = ...) -> None: ...
+
+class SharedMemory(_message.Message):
+    __slots__ = ("name", "size_bytes", "mode", "uid", "gid")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    GID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size_bytes: int
+    mode: int
+    uid: int
+    gid: int
+    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., mode: _Optional[int] = ..., uid: _Optional[int] = ..., gid: _Optional[int] = ...) -> None: ...
 
 class CreateContainerResponse(_message.Message):
     __slots__ = ("pid",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
@@ -147,12 +147,16 @@ class Sandbox:
         bundle: str = "",
         joined_id: str = "",
         joined_types: Sequence[str] = (),
+        memory: Mapping[str, Mapping[str, str | None]] | None = None,
     ) -> int:
         """Build a container from its config.json and return the pid of its init, which waits to be started.
 
-        It shares the namespaces ``joined_types`` (ipc, uts, pid) of the container ``joined_id``, which lives.
+        It shares the namespaces ``joined_types`` (ipc, uts, pid) of the container ``joined_id``, which lives, and
+        mounts from ``memory``: options of each tmpfs, by its name.
         """
         check_id(container_id)
+        for name in memory or ():
+            check_id(name)
         if unknown := set(joined_types) - _JOINABLE:
             raise Unsupported(f"a container cannot share a namespace of type {min(unknown)[:32]!r}")
         self._check_created()
@@ -162,6 +166,8 @@ class Sandbox:
             raise InvalidState(f"sandbox already has {_CONTAINERS_MAX} containers")
         container = self._containers[container_id] = Container(container_id, self._services)
         try:
+            for name, options in (memory or {}).items():
+                storage.mount_memory(name, options)
             with ExitStack() as held:
                 joined = held.enter_context(self.container(joined_id).join(joined_types)) if joined_types else None
                 return await container.build(config.parse_spec(spec), streams, bundle=bundle, joined=joined)

@@ -88,6 +88,7 @@ class AgentService:
             bundle=request.bundle,
             joined_id=request.joined_container_id,
             joined_types=tuple(request.joined_namespaces),
+            memory={each.name: _memory_options(each) for each in request.memory},
         )
         return pb.CreateContainerResponse(pid=pid)
 
@@ -204,6 +205,11 @@ def status_of(error: Exception) -> Status:
 
 def _streams(stdio: pb.Stdio) -> Streams:
     return Streams(stdio.terminal, stdio.stdin, stdio.stdout, stdio.stderr, stdio.rows, stdio.columns)
+
+
+def _memory_options(given: pb.SharedMemory) -> dict[str, str | None]:
+    size: dict[str, str | None] = {"size": str(given.size_bytes)} if given.size_bytes else {}
+    return {**size, "mode": f"{given.mode & 0o7777:04o}", "uid": str(given.uid), "gid": str(given.gid)}
 
 
 def _interface(given: pb.Interface) -> Interface:

@@ -16,6 +16,7 @@ from katapy_agent.errors import KatapyError, doing
 
 RUN: Final = Path("/run/katapy")
 SHARED: Final = RUN / "shared"
+MEMORY: Final = RUN / "memory"
 _PLUG_SECONDS: Final = 30.0
 _NETLINK_KOBJECT_UEVENT: Final = 15
 _UEVENT_MAX: Final = 8192
@@ -93,6 +94,13 @@ def _mount_shared(tag: str) -> None:
 
 def _is_missing(error: KatapyError) -> bool:
     return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EINVAL
+
+
+def mount_memory(name: str, options: Mapping[str, str | None]) -> None:
+    """Mount a tmpfs for containers to share at ``name`` in MEMORY, unless it is there already. Raises KatapyError."""
+    target = MEMORY / name
+    if not os.path.ismount(target):
+        mount("tmpfs", target, _LOCKED, source="shm", options=options)
 
 
 def unmount_shared() -> None:

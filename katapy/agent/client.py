@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from katapy.agent.network import interface_message, neighbour_message, route_message
+from katapy.devices import SharedMemory
 from katapy.errors import KatapyError, Unavailable, from_wire
 from katapy.interfaces import Interface, Neighbour, Network, Route
 from katapy.proto import agent_pb2
@@ -107,11 +108,13 @@ class AgentClient:
         *,
         bundle: str,
         joined: tuple[str, Sequence[str]] = ("", ()),
+        memory: Sequence[SharedMemory] = (),
     ) -> int:
         """Build a container; its init waits for ``start_container``. Returns its pid in the guest.
 
         ``bundle`` is a directory of the host, of which the container's hooks are told.
-        ``joined`` is a container of the pod and the types of its namespaces that the new one shares.
+        ``joined`` is a container of the pod and the types of its namespaces that the new one shares; ``memory`` is
+        what it shares of the VM's.
         """
         request = agent_pb2.CreateContainerRequest(
             container_id=container_id,
@@ -120,6 +123,7 @@ class AgentClient:
             joined_container_id=joined[0],
             joined_namespaces=joined[1],
             bundle=bundle,
+            memory=[agent_pb2.SharedMemory(**each._asdict()) for each in memory],
         )
         response: agent_pb2.CreateContainerResponse = await self._call("CreateContainer", request)
         return response.pid
@@ -135,12 +139,17 @@ class AgentClient:
         response: agent_pb2.ExecProcessResponse = await self._call("ExecProcess", request)
         return response.pid
 
-    async def signal(self, container_id: str, exec_id: str, number: int, *, everyone: bool = False) -> None:
-        """Send a signal to a process, or with ``everyone`` to each process of the container."""
+    async def signal(
+        self, container_id: str, exec_id: str, number: int, *, everyone: bool = False, deadline: float | None = None
+    ) -> None:
+        """Send a signal to a process, or with ``everyone`` to each process of the container.
+
+        ``deadline`` in seconds is the ordinary one by itself.
+        """
         request = agent_pb2.SignalProcessRequest(
             container_id=container_id, exec_id=exec_id, signal=number, all=everyone
         )
-        await self._call("SignalProcess", request)
+        await self._call("SignalProcess", request, deadline or self._deadline)
 
     async def pause(self, container_id: str) -> None:
         """Freeze a container."""
@@ -156,10 +165,10 @@ class AgentClient:
             "UpdateContainer", agent_pb2.UpdateContainerRequest(container_id=container_id, resources=resources)
         )
 
-    async def stats(self, container_id: str) -> agent_pb2.StatsContainerResponse:
-        """Return what a container uses."""
+    async def stats(self, container_id: str, *, deadline: float) -> agent_pb2.StatsContainerResponse:
+        """Return what a container uses. ``deadline`` in seconds."""
         response: agent_pb2.StatsContainerResponse = await self._call(
-            "StatsContainer", agent_pb2.StatsContainerRequest(container_id=container_id)
+            "StatsContainer", agent_pb2.StatsContainerRequest(container_id=container_id), deadline
         )
         return response
 

@@ -46,8 +46,8 @@ def plan_record(layout: Layout, path: CgroupPath) -> Record:
     """Return what ``Cgroup.create`` would make, for state.json, before anything is made."""
     paths = {_key(hierarchy): _absolute(hierarchy, path) for hierarchy in layout.hierarchies if hierarchy.writable}
     if path.unit:
-        # Slices are systemd's. A scope's directory is ours alone to remove, whoever made it.
-        return Record(paths, tuple(paths.values()), path.unit)
+        # Slices are systemd's. A scope's directory is ours alone to remove, whoever made it; but not one that exists.
+        return Record(paths, tuple(each for each in paths.values() if not os.path.lexists(each)), path.unit)
     made: dict[str, None] = {}
     for hierarchy in layout.hierarchies:
         current = paths.get(_key(hierarchy), hierarchy.mount)
@@ -158,6 +158,8 @@ class Cgroup:
                 raise what(f"cannot make cgroup {printable(target)}: {_reason(error)}") from error
             return
         self.record = self.record._replace(paths={**self.record.paths, _key(hierarchy): target})
+        if path.unit and target not in self.record.made:
+            self.record = self.record._replace(made=(*self.record.made, target))
         if not path.unit and directory.processes(Record({"": target})):
             raise AlreadyExists(f"cannot make cgroup {printable(target)}: it exists, with processes in it")
         if hierarchy.version == 2:

@@ -129,6 +129,20 @@ def remove(record: Record, *, timeout: float = _REMOVE_SECONDS) -> None:
         remove_parents(path, record, layout)
 
 
+def reap(record: Record, *, patience: float) -> None:
+    """Remove the cgroup of a pod whose owner was killed, and what has not ended by itself in ``patience`` seconds.
+
+    Killed is what is in a directory that katapy made: what was there before may be somebody else's as well.
+    Raises what ``kill`` and ``remove`` raise.
+    """
+    try:
+        remove(record, timeout=patience)
+    except Timeout:
+        own = {key: path for key, path in record.paths.items() if path in record.made}
+        kill(record._replace(paths=own), timeout=patience)
+        remove(record, timeout=patience)
+
+
 def remove_parents(path: str, record: Record, layout: Layout) -> None:
     """Remove the parents of ``path`` that katapy made and that are empty."""
     hierarchy = layout.holding(path)

@@ -34,6 +34,10 @@ _UNSHARE: Final = "/usr/bin/unshare"
 # A shim that was told to end has at most this many seconds; its guest flushes its files within ten.
 _END_SECONDS: Final = 30.0
 _LEAVING_SECONDS: Final = 5.0
+# What a killed shim has started is killed with it, and its stand-ins write out what they have.
+_LEFT_SECONDS: Final = 2.0
+# An engine that has lost a shim gives five seconds to all that is to be done about it.
+_ABANDONED_SECONDS: Final = 1.0
 _LOG_TAIL: Final = 1000
 _LOG_MAX: Final = 65536
 # As log.py writes it.
@@ -241,17 +245,17 @@ class Pod:
             with suppress(KatapyError):
                 self.task.delete(self._id, exec_id)
 
-    def remove(self, *, force: bool) -> None:
+    def remove(self, *, force: bool, timeout: float = _END_SECONDS) -> None:
         """Have the shim remove the container, killing it first with ``force``, and end if it was the last.
 
-        With ``force`` a pod's sandbox takes the pod's other containers with it.
+        With ``force`` a pod's sandbox takes the pod's other containers with it. Each call has ``timeout`` seconds,
+        fewer than others have, because the caller kills a shim whose guest does not let it answer.
         """
-        # Shorter than other calls: the caller kills a shim whose guest does not let it answer.
-        task = TaskClient(self._client, timeout=_END_SECONDS)
+        task = TaskClient(self._client, timeout=timeout)
         if force:
             with suppress(NotFound, Unavailable):
                 task.kill(self._id, signal.SIGKILL, everyone=True)
-                task.wait(self._id, timeout=_END_SECONDS)
+                task.wait(self._id, timeout=timeout)
         whole = False
         try:
             task.delete(self._id)
@@ -336,7 +340,8 @@ def abandon(root: Path, container_id: str, *, patience: float) -> State:
     """Remove a container that its engine has done with, however that went, and return what was known of it.
 
     Its shim may have been killed, or not answer, or be about to end, for which it has ``patience`` seconds. One that
-    serves a pod's other containers lives on. Raises NotFound where nothing is left.
+    serves a pod's other containers lives on. Raises NotFound where nothing is left; what cannot be ended quickly makes
+    it fail, and the state stays for who tries again.
     """
     with StateDir.open(str(root), container_id) as directory:
         state = directory.load()
@@ -344,10 +349,10 @@ def abandon(root: Path, container_id: str, *, patience: float) -> State:
     if shim is not None and shim.name == "shim" and shim.alive():
         if state.sandbox != container_id:
             with suppress(KatapyError), Pod.connect(root, container_id) as pod:
-                pod.remove(force=True)
+                pod.remove(force=True, timeout=patience)
         elif not _gone(shim, patience):
-            _kill(shim)
-    finish(root, container_id, own_network=False)
+            _kill(shim, _ABANDONED_SECONDS)
+    finish(root, container_id, own_network=False, patience=_ABANDONED_SECONDS)
     return state
 
 
@@ -377,11 +382,12 @@ class _ShimLog:
         return [json.loads(match[1]) for match in found if match]
 
 
-def finish(root: Path, container_id: str, *, own_network: bool = True) -> None:
+def finish(root: Path, container_id: str, *, own_network: bool = True, patience: float = _END_SECONDS) -> None:
     """Wait for a shim that was told to end, and remove what it has left where it could not.
 
-    Without ``own_network`` somebody else takes the network namespace apart, and it is no error to come too late for it.
-    Raises Unavailable where a process cannot be killed.
+    ``patience`` in seconds is for each process that is waited for. Without ``own_network`` somebody else takes the
+    network namespace apart, and it is no error to come too late for it.
+    Raises Unavailable or Timeout where a process cannot be killed.
     """
     owner = None
     # A creator is followed by its shim, and that by nobody.
@@ -392,17 +398,17 @@ def finish(root: Path, container_id: str, *, own_network: bool = True) -> None:
             if state.sandbox != container_id and owner is not None and owner.name == "shim" and owner.alive():
                 return  # it has other containers to serve, and has removed or will remove this one
             # A creator was not told to end, and cannot have what is deleted.
-            patience = _END_SECONDS if owner is not None and owner.name == "shim" else 0.0
-            if owner is not None and owner.pid != os.getpid() and not _gone(owner, patience):
-                _kill(owner)
+            told = owner is not None and owner.name == "shim"
+            if owner is not None and owner.pid != os.getpid() and not _gone(owner, patience if told else 0.0):
+                _kill(owner, patience)
             with directory.lock():
                 # As of now: a shim takes the container over under this lock, and may have started more before it died.
                 state = directory.load()
                 if state.shim is not None and state.shim.pid != os.getpid() and state.shim.alive():
                     continue
                 for process in state.helpers:
-                    _kill(process)
-                _remove_cgroup(state)
+                    _kill(process, patience)
+                _remove_cgroup(state, min(patience, _LEFT_SECONDS))
                 with nullcontext() if own_network else suppress(KatapyError):
                     _leave_network(state)
                 directory.remove()
@@ -410,13 +416,13 @@ def finish(root: Path, container_id: str, *, own_network: bool = True) -> None:
     raise Unavailable(f"cannot remove {container_id}: process {owner.pid if owner else 0} cannot be killed")
 
 
-def _remove_cgroup(state: State) -> None:
-    """Remove the cgroup that a shim which was killed has left; its stand-in ends by itself."""
+def _remove_cgroup(state: State, patience: float) -> None:
+    """Remove the cgroup of a shim that was killed; its stand-in ends by itself, the children of a hook may not."""
     if state.cgroup is not None:
         from katapy.cgroups import directory
 
         try:
-            directory.remove(directory.Record.parse(state.cgroup))
+            directory.reap(directory.Record.parse(state.cgroup), patience=patience)
         except InvalidArgument as error:
             raise Internal(f"the state of {state.id} is damaged: {error}") from error
 
@@ -526,7 +532,7 @@ def _gone(process: ProcessRef, seconds: float) -> bool:
         os.close(fd)
 
 
-def _kill(process: ProcessRef) -> None:
+def _kill(process: ProcessRef, seconds: float = _END_SECONDS) -> None:
     """Kill a process and wait for its end."""
     fd = process.open()
     if fd is None:
@@ -534,7 +540,7 @@ def _kill(process: ProcessRef) -> None:
     try:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(fd, signal.SIGKILL)
-        select.select([fd], [], [], _END_SECONDS)
+        select.select([fd], [], [], seconds)
     finally:
         os.close(fd)
 

@@ -47,6 +47,7 @@ from katapy.oci.node import (
     text,
 )
 from katapy.oci.pod import is_sandbox, sandbox_of
+from katapy.oci.pod_resources import PodResources, parse_pod_resources
 from katapy.oci.process import ProcessSpec, Rlimit, process
 from katapy.oci.seccomp import Seccomp, parse_seccomp
 
@@ -134,6 +135,7 @@ class Spec:
     mounts: tuple[Mount, ...]
     hooks: Hooks
     annotations: dict[str, str]
+    pod_resources: PodResources
     linux: Linux
     _document: dict[str, Any] = field(repr=False)
 
@@ -146,6 +148,11 @@ class Spec:
     def sandbox(self) -> str:
         """The id of the pod's sandbox that this container joins; empty for one with a VM of its own."""
         return sandbox_of(self.annotations, shares=any(namespace.path for namespace in self.linux.namespaces))
+
+    @property
+    def is_sandbox(self) -> bool:
+        """Whether this container is there for its pod, and uses next to nothing itself."""
+        return is_sandbox(self.annotations)
 
     @property
     def joined_namespaces(self) -> tuple[str, ...]:
@@ -226,6 +233,7 @@ def parse_spec(data: bytes, *, bundle: str, what: str = "config.json") -> Spec:
     version = node.need("ociVersion", _version)
     if node.child("vm").value is not None:
         node.child("vm").fail("choosing hypervisor, kernel or image here is not supported", Unsupported)
+    annotations = node.get("annotations", _annotations, {})
     spec = Spec(
         bundle=bundle,
         oci_version=version,
@@ -235,7 +243,8 @@ def parse_spec(data: bytes, *, bundle: str, what: str = "config.json") -> Spec:
         domainname=node.get("domainname", _HOST_NAME, ""),
         mounts=node.get("mounts", array(_mount, at_most=_MOUNTS_MAX), ()),
         hooks=node.get("hooks", parse_hooks, Hooks()),
-        annotations=node.get("annotations", _annotations, {}),
+        annotations=annotations,
+        pod_resources=parse_pod_resources(node.child("annotations"), annotations) if annotations else PodResources(),
         linux=_linux(node.child("linux")),
         _document=node.members(),
     )

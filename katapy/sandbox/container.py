@@ -17,7 +17,8 @@ from katapy.sandbox.record import Record
 class Container:
     """A container of the pod. ``binds`` names what is shared with its guest; ``exec_specs`` are JSON, by exec id.
 
-    ``resources`` are its limits now, as plain JSON, and ``ooms`` says how often its memory has run out.
+    ``resources`` are its limits now, as plain JSON, ``ooms`` says how often its memory has run out, and ``killed`` that
+    it was sent SIGKILL.
     """
 
     bundle: Bundle
@@ -30,6 +31,7 @@ class Container:
     cgroup: HostCgroup | None = None
     resources: dict[str, Any] = field(init=False)
     ooms: int = 0
+    killed: bool = False
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from katapy.oci.pod import MANAGER
 from katapy.oci.process import RLIMITS, Rlimit
 from katapy.sandbox.container import Container
 from katapy.sandbox.hooks import run_hook
-from katapy.sandbox.host_cgroup import HostCgroup, boot_limits, run_limits, update_limits
+from katapy.sandbox.host_cgroup import HostCgroup, boot_limits, pod_limits, run_limits, update_limits
 from katapy.sandbox.process import GuestProcess
 from katapy.sandbox.sizing import Size
 from katapy.state import DEFAULT_ROOT, Status, state_json
@@ -67,7 +67,11 @@ class Host:
         spec = container.bundle.spec
         await self.run_hooks(container, "createContainer", spec.hooks.create_container)
         if container.cgroup is not None:
-            await asyncio.to_thread(container.cgroup.update, run_limits(spec.linux.resources, self.layout))
+            if spec.is_sandbox:
+                limits = pod_limits(spec.pod_resources, self.layout)
+            else:
+                limits = run_limits(spec.linux.resources, self.layout)
+            await asyncio.to_thread(container.cgroup.update, limits)
 
     async def update(self, container: Container, before: Resources, after: Resources) -> None:
         """Change the container's limits on the host. Raises KatapyError."""

@@ -18,6 +18,7 @@ from katapy.cgroups.layout import Layout
 from katapy.cgroups.limits import DeviceValue, HostLimits, pod_memory
 from katapy.cgroups.path import Driver, parse_cgroups_path
 from katapy.oci.linux import Resources, ThrottleDevice
+from katapy.oci.pod_resources import PodResources
 from katapy.oci.spec import Spec
 
 _DEFAULT_PERIOD: Final = 100_000  # microseconds, the kernel's
@@ -50,6 +51,15 @@ def run_limits(resources: Resources | None, layout: Layout) -> HostLimits:
     if quota is not None and quota > 0:
         quota += int((period or _DEFAULT_PERIOD) * _OVERHEAD_CPU)
     return _possible(HostLimits(cpu_shares=cpu.shares, cpu_quota=quota, cpu_period=period), layout)
+
+
+def pod_limits(resources: PodResources, layout: Layout) -> HostLimits:
+    """Return what is added for a pod's VM: the weight of its containers, not that of the one which holds the pod.
+
+    Not their quota: it is the sum over those that have one, and the others have none. The cgroup around the pod's own
+    is limited by who makes pods, where all of them have one.
+    """
+    return _possible(HostLimits(cpu_shares=resources.shares if resources.shares > 0 else None), layout)
 
 
 def update_limits(resources: Resources, layout: Layout) -> HostLimits:

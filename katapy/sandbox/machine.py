@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -85,6 +86,12 @@ class Machine:
     def failed_with(self) -> KatapyError | None:
         """Return why the machine has failed, if it has."""
         return self._failed.result() if self._failed.done() else None
+
+    def kill(self, why: KatapyError) -> None:
+        """End the VM at once, for nothing can be had of it any more: whoever waits for it is told ``why``."""
+        if not self._ending and not self._failed.done():
+            self._failed.set_result(why)
+            self.parts.vm.process.signal(signal.SIGKILL)
 
     async def guarded(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Do ``work``, unless the machine fails first: then that is what is raised."""

@@ -14,6 +14,7 @@ from katapy.state import Status
 
 ATTACH = "attach:"
 FILE = "file://"
+BINARY = "binary://"
 
 
 class Exit(NamedTuple):
@@ -33,7 +34,8 @@ class StdioRequest:
     """Which streams a caller of the Task API asked for.
 
     A stream that is ``attach:`` the caller comes for itself, to the attach socket. Any other is a path, of a fifo
-    usually, or a ``file://`` URI, and somebody is started who carries it. Empty is /dev/null.
+    usually, or a ``file://`` URI, and somebody is started who carries it. Empty is /dev/null. Both outputs may be a
+    ``binary://`` URI, of a program that takes both.
     """
 
     terminal: bool
@@ -46,12 +48,18 @@ class StdioRequest:
         """Whether the caller comes for the streams itself."""
         return ATTACH in (self.stdin, self.stdout, self.stderr)
 
+    @property
+    def logger(self) -> str:
+        """The URI of the program that takes both outputs; empty for none."""
+        return self.stdout if self.stdout.startswith(BINARY) else ""
+
     def names(self) -> list[str]:
         """Return the names of the streams that are wanted. Raises Unsupported for a URI that is not known."""
         wanted = []
         for name in ("stdin", "stdout", "stderr"):
             uri = getattr(self, name)
-            if uri and uri != ATTACH and not uri.startswith(("/", FILE)):
+            logged = name != "stdin" and self.logger and uri == self.stdout
+            if uri and uri != ATTACH and not logged and not uri.startswith(("/", FILE)):
                 raise Unsupported(f"cannot open {name}: {uri!r} is not a kind of stream that katapy serves")
             if uri:
                 wanted.append(name)

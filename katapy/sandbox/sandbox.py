@@ -25,15 +25,17 @@ from katapy.oci.update import parse_change
 from katapy.proto import agent_pb2
 from katapy.sandbox.container import Container
 from katapy.sandbox.hooks import hooks_seconds
-from katapy.sandbox.host import Host, await_stand_in, inherited_limits, remove_cgroup
+from katapy.sandbox.host import Host, await_stand_in, remove_cgroup
 from katapy.sandbox.host_cgroup import HostCgroup
 from katapy.sandbox.machine import Machine, start_machine
 from katapy.sandbox.network import SandboxNetwork
 from katapy.sandbox.process import Exit, GuestProcess, StdioRequest
 from katapy.sandbox.record import Record
+from katapy.sandbox.share import Shared, share
+from katapy.sandbox.signals import Signals
 from katapy.sandbox.sizing import Size, check_fits, vm_size
 from katapy.state import Status
-from katapy.storage.shared_dir import TAG, SharedBind
+from katapy.storage.shared_dir import TAG
 from katapy.timing import phase
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 # A guest that does not answer must not hold up the end of its pod: what it has not done by then, it loses.
 _REMOVE_DEADLINE: Final = 10.0
 _DESTROY_DEADLINE: Final = 10.0
+# Engines ask for those of all containers one after the other: one pod is not to hold up what is known of the others.
+_STATS_DEADLINE: Final = 3.0
 # What a process has written may still be on its way to a slow reader when the container is deleted.
 _DRAIN_DEADLINE: Final = 10.0
 _KILLED: Final = 128 + signal.SIGKILL
@@ -61,6 +65,7 @@ class Sandbox:
         self._creating: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._containers: dict[str, Container] = {}
+        self._signals = Signals(sandbox_id, self._containers)
         self._stack = AsyncExitStack()
         self._machine: Machine | None = None
         self._network: SandboxNetwork | None = None
@@ -115,9 +120,9 @@ class Sandbox:
                 self._added.notify_all()
             machine = await self._prepare(container, stand_in)
             with phase("share files"):
-                spec = await asyncio.to_thread(self._share, machine, container)
+                shared = await asyncio.to_thread(share, machine.parts.tree, container)
             with phase("create the container"):
-                process.guest_pid = await machine.guarded(self._create_in_guest(machine, process, names, spec))
+                process.guest_pid = await machine.guarded(self._create_in_guest(machine, process, names, shared))
             await self._host.finish(container)
         except BaseException:
             await self._forget(container)
@@ -201,9 +206,9 @@ class Sandbox:
     async def kill(self, container_id: str, exec_id: str, number: int, *, everyone: bool) -> None:
         """Send a signal, or with 0 none; to ``everyone`` while the container is being created, too.
 
-        Raises NotFound when the process has ended.
+        Raises NotFound when the process has ended. A container that SIGKILL does not end is ended with its VM.
         """
-        process = self.process(container_id, exec_id)
+        container, process = self._container(container_id), self.process(container_id, exec_id)
         if process.status is Status.STOPPED:
             raise NotFound("os: process already finished")
         if process.status is Status.CREATING and not everyone:
@@ -214,7 +219,10 @@ class Sandbox:
             process.finish(_KILLED, oom_killed=False)
             return
         machine = self._alive()
-        await machine.guarded(machine.agent.signal(container_id, exec_id, number, everyone=everyone))
+        if number == signal.SIGKILL and not exec_id:
+            await self._signals.kill(machine, container, everyone=everyone)
+        else:
+            await self._signals.send(machine, process, number, everyone=everyone)
 
     async def pause(self, container_id: str) -> None:
         """Freeze a running container."""
@@ -274,7 +282,7 @@ class Sandbox:
         """Return what a container uses, as its guest says."""
         machine = self._alive()
         self.process(container_id)
-        return await machine.guarded(machine.agent.stats(container_id))
+        return await machine.guarded(machine.agent.stats(container_id, deadline=_STATS_DEADLINE))
 
     async def next_event(self, container_id: str, ooms: int, seconds: float) -> tuple[int, bool]:
         """Wait until memory has run out another number of times than ``ooms``, or the end, for at most ``seconds``.
@@ -351,6 +359,7 @@ class Sandbox:
             # All containers at once. The guest writes back what it has cached; one that does not answer loses it.
             with suppress(KatapyError), phase("remove all from the guest"):
                 await machine.guarded(machine.agent.destroy_sandbox(deadline=_DESTROY_DEADLINE))
+        await self._signals.close()
         for container in list(self._containers.values()):
             await self._forget(container)
         await _ended(*self._watches)
@@ -417,30 +426,14 @@ class Sandbox:
     def _size(self, container: Container) -> Size:
         return vm_size(self._config, container.bundle.spec, host_cpus=os.cpu_count() or 1)
 
-    def _share(self, machine: Machine, container: Container) -> bytes:
-        """Put the container's files into the staging tree; return the configuration as the guest must see it."""
-        spec, tree = container.bundle.spec, machine.parts.tree
-
-        def add(name: str, source: str, *, read_only: bool, recursive: bool) -> str:
-            bind = SharedBind(name, source, read_only, recursive)
-            container.binds.append(name)
-            return tree.add(container.init.container_id, bind)
-
-        root = add("rootfs", container.bundle.rootfs, read_only=spec.root.read_only, recursive=True)
-        sources = {
-            bind.index: add(f"mount{bind.index}", bind.source, read_only=bind.read_only, recursive=bind.recursive)
-            for bind in spec.bind_mounts
-        }
-        return spec.to_guest(root=root, sources=sources, rlimits=inherited_limits())
-
-    async def _create_in_guest(self, machine: Machine, process: GuestProcess, names: list[str], spec: bytes) -> int:
+    async def _create_in_guest(self, machine: Machine, process: GuestProcess, names: list[str], shared: Shared) -> int:
         stdio = await self._open_streams(machine, process, names)
         # The network is the VM's, so every container of the pod has it already.
         bundle = self._container(process.container_id).bundle
         types = [kind for kind in bundle.spec.joined_namespaces if kind != "network"]
         joined = (self.id, types) if types else ("", types)
         return await machine.agent.create_container(
-            process.container_id, spec, stdio, bundle=bundle.path, joined=joined
+            process.container_id, shared.spec, stdio, bundle=bundle.path, joined=joined, memory=shared.memory
         )
 
     async def _exec_in_guest(self, machine: Machine, process: GuestProcess, spec: bytes) -> None:

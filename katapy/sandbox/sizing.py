@@ -30,7 +30,8 @@ def vm_size(config: Config, spec: Spec, *, host_cpus: int) -> Size:
 
     A set of CPUs needs all up to its highest: in the guest they have the same numbers. With a memory limit, the
     guest's own overhead comes on top of it, so that a container can use all that it was given; without one, the
-    configuration says how large the VM is, all included.
+    configuration says how large the VM is, all included. A pod's VM is never smaller than that: what is known of its
+    containers' limits says nothing of those that have none.
     """
     resources, hypervisor = spec.linux.resources, config.hypervisor
     cpu, memory = (resources.cpu, resources.memory) if resources else (None, None)
@@ -41,6 +42,11 @@ def vm_size(config: Config, spec: Spec, *, host_cpus: int) -> Size:
         vcpus = max(vcpus, min(_count(cpu.cpus), host_cpus))
     if memory and memory.limit and memory.limit > 0:
         total = memory.limit + hypervisor.overhead_memory
+    pod = spec.pod_resources
+    if pod.quota > 0:
+        vcpus = max(vcpus, min(-(-pod.quota // (pod.period if pod.period > 0 else _DEFAULT_PERIOD)), host_cpus))
+    if pod.memory > 0:
+        total = max(total, pod.memory + hypervisor.overhead_memory)
     return Size(min(vcpus, VCPUS_MAX), -(-total // _UNIT) * _UNIT)
 
 

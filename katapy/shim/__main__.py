@@ -102,7 +102,8 @@ async def _serve(options: _Options, sockets: tuple[int, int], host_mounts: int, 
     host = Host(host_mounts, driver, creator.pid if creator else 0, root)
     sandbox = Sandbox(root, options.id, record, Config.load(Path(options.config) if options.config else None), host)
     publisher = Publisher(engine)
-    service = TaskService(sandbox, StandIns(sandbox.directory, host_mounts), publisher)
+    stand_ins = StandIns(sandbox.directory, host_mounts, engine.namespace if engine else "")
+    service = TaskService(sandbox, stand_ins, publisher)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, service.done.set)

@@ -22,6 +22,7 @@ from katapy import run
 from katapy.client.launch import connect_attach, new_processes, standin_command
 from katapy.errors import InvalidArgument, Unavailable
 from katapy.sandbox.process import FILE, GuestProcess
+from katapy.shim.logger import Logger, start_logger
 
 _NSENTER: Final = "/usr/bin/nsenter"
 _KILL_SECONDS: Final = 5.0
@@ -31,12 +32,16 @@ _DRAIN_SECONDS: Final = 2.0
 
 @dataclass
 class _Held:
-    """A stand-in that was started. Over ``gate`` it is given ``stdin``, whose writing end is ``writer`` then."""
+    """A stand-in that was started. Over ``gate`` it is given ``stdin``, whose writing end is ``writer`` then.
+
+    ``logger`` is who takes what it carries, where that is a program.
+    """
 
     process: run.Process
     ended: asyncio.Task[int]
     stdin: str
     gate: socket.socket | None
+    logger: Logger | None = None
     writer: int = -1
     closed: bool = False
 
@@ -73,10 +78,13 @@ class _Held:
 
 
 class StandIns:
-    """The stand-ins of a pod. ``mounts`` is a descriptor of the host's mount namespace: theirs is made from that."""
+    """The stand-ins of a pod. ``mounts`` is a descriptor of the host's mount namespace: theirs is made from that.
 
-    def __init__(self, directory: Path, mounts: int) -> None:
-        self._directory, self._mounts = directory, mounts
+    ``namespace`` is the engine's own notion, of which logging programs are told.
+    """
+
+    def __init__(self, directory: Path, mounts: int, namespace: str = "") -> None:
+        self._directory, self._mounts, self._namespace = directory, mounts, namespace
         self._held: dict[tuple[str, str], _Held] = {}
 
     async def start(self, guest: GuestProcess, network: Sequence[str] = ()) -> None:
@@ -85,7 +93,7 @@ class StandIns:
         ``network`` is the command that puts it into the pod's network. It dies with the shim.
         Raises InvalidArgument where a path cannot be opened, Unavailable where it dies.
         """
-        held = self._start(guest, network)
+        held = await self._start(guest, network)
         self._held[guest.container_id, guest.exec_id] = held
         announced = asyncio.create_task(guest.announced.wait(), name="await the stand-in")
         try:
@@ -98,10 +106,31 @@ class StandIns:
         finally:
             announced.cancel()
 
-    def _start(self, guest: GuestProcess, network: Sequence[str]) -> _Held:
+    async def _start(self, guest: GuestProcess, network: Sequence[str]) -> _Held:
+        if not guest.stdio.logger:
+            return self._start_process(guest, network)
+        container_id = guest.container_id
+        logger = await start_logger(
+            guest.stdio.logger, container_id=container_id, namespace=self._namespace, mounts=self._mounts
+        )
+        try:
+            held = self._start_process(guest, network, logger)
+        except BaseException:
+            logger.release()
+            await logger.finish()
+            raise
+        logger.release()
+        return held
+
+    def _start_process(self, guest: GuestProcess, network: Sequence[str], logger: Logger | None = None) -> _Held:
         stdio = guest.stdio
         with ExitStack() as stack:
-            stdout, stderr = (_open_output(getattr(stdio, name), name, stack) for name in ("stdout", "stderr"))
+            stdout: int | None
+            stderr: int | None
+            if logger is not None:
+                stdout, stderr = logger.stdout, logger.stderr
+            else:
+                stdout, stderr = (_open_output(getattr(stdio, name), name, stack) for name in ("stdout", "stderr"))
             control = stack.enter_context(connect_attach(self._directory))
             ours, theirs = socket.socketpair() if stdio.stdin else (None, None)
             command = standin_command(control.fileno(), guest.container_id, guest.exec_id)
@@ -121,7 +150,7 @@ class StandIns:
                     ours.close()
                 raise
         ended = asyncio.create_task(process.wait(), name=f"wait for the stand-in of {guest.name}")
-        return _Held(process, ended, stdio.stdin.removeprefix(FILE), ours)
+        return _Held(process, ended, stdio.stdin.removeprefix(FILE), ours, logger)
 
     def open_stdin(self, guest: GuestProcess) -> None:
         """Let standard input flow, as the process is about to start.
@@ -156,6 +185,8 @@ class StandIns:
         if held is not None:
             held.end()
             await asyncio.wait({held.ended}, timeout=_KILL_SECONDS)
+            if held.logger is not None:
+                await held.logger.finish()
 
     async def close(self) -> None:
         """End them all."""
@@ -164,6 +195,7 @@ class StandIns:
             held.end()
         if left:
             await asyncio.wait({held.ended for held in left.values()}, timeout=_KILL_SECONDS)
+            await asyncio.gather(*(held.logger.finish() for held in left.values() if held.logger is not None))
 
 
 def _open_output(uri: str, name: str, stack: ExitStack) -> int | None:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import cri as kubernetes
 import pytest
-from containerd_daemon import Containerd
+from containerd_daemon import IMAGE, Containerd, start_containerd
+from ctr import sockets
 from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_bundle, make_busybox
 
 from katapy.cgroups.directory import MARK
@@ -32,7 +33,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _STARTS_OF_THEIR_OWN = (
     "test_restored.py",
     "test_containerd.py",
+    "test_containerd_kills.py",
     "test_cri.py",
+    "test_cri_kills.py",
     "test_cri_streaming.py",
     "test_docker.py",
     "test_played_engines.py",
@@ -193,6 +196,33 @@ def bundle(tmp_path: Path, busybox: Path) -> MakeBundle:
         return make_bundle(directory, rootfs or busybox, args, edit=edit, readonly=rootfs is None)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def ctr_daemon(busybox: Path) -> Iterator[Containerd]:
+    """A containerd with an image."""
+    with (
+        tempfile.TemporaryDirectory(prefix="katapy-") as name,
+        start_containerd(Path(name), busybox) as containerd,
+    ):
+        # What unpacking an image starts and mounts is not a test's.
+        containerd.run("--rm", IMAGE, "first", "true")
+        yield containerd
+
+
+@pytest.fixture
+def containerd(ctr_daemon: Containerd, host: None) -> Iterator[Containerd]:
+    """A containerd; afterwards it has no container, and the shims have left nothing."""
+    yield ctr_daemon
+    left = ctr_daemon("containers", "ls", "--quiet").out.split()
+    for name in left:
+        ctr_daemon("task", "kill", "--signal", "KILL", name, check=False)
+        ctr_daemon("task", "rm", "--force", name, check=False)
+        ctr_daemon("containers", "rm", name, check=False)
+    assert not left, "containers left behind"
+    assert list(ctr_daemon.root.iterdir()) == [], "state left behind"
+    assert sockets(ctr_daemon) == [], "sockets left behind"
+    assert list((ctr_daemon.directory / "state/io.containerd.runtime.v2.task/default").iterdir()) == []
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine import Done
 from harness import DEADLINE, KATAPY, descendants
@@ -114,8 +115,16 @@ class Containerd:
 
     def shim(self, container_id: str) -> int:
         """Return the pid of the shim of a container."""
-        state = json.loads((self.root / container_id / "state.json").read_text())
-        return int(state["shim"]["pid"])
+        return int(self.saved(container_id)["shim"]["pid"])
+
+    def helper(self, container_id: str, program: str) -> int:
+        """Return the pid of one of the processes that a container's VM runs on."""
+        return int(next(each["pid"] for each in self.saved(container_id)["helpers"] if each["name"] == program))
+
+    def saved(self, container_id: str) -> dict[str, Any]:
+        """Return what katapy has saved of a container."""
+        state: dict[str, Any] = json.loads((self.root / container_id / "state.json").read_text())
+        return state
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from typing import Any
 
 import grpc
 from containerd_daemon import CTR, IMAGE, Containerd, start_containerd, write_image
-from harness import DEADLINE, descendants
+from harness import DEADLINE, await_true, descendants
 
 PLUGINS = Path("/usr/lib/cni")
 MISSING = "" if CTR.exists() and (PLUGINS / "ptp").exists() else "containerd or CNI's plugins are not installed"
 """Why there is no daemon to test with."""
 HANDLER = "katapy"
+RUNNING, EXITED = 1, 2
 SLEEP = ("sleep", "1000")
 PAUSE = "localhost/pause:test"
 CONFIG = """
@@ -63,7 +63,7 @@ NETWORK = """{{
 @contextmanager
 def start_plugin(directory: Path, rootfs: Path) -> Iterator[Containerd]:
     """Run a daemon with the plugin, in a network namespace of its own, as ``start_containerd`` does."""
-    with _own_network() as network:
+    with own_network() as network:
         (directory / "cni").mkdir()
         (directory / "cni/10-test.conflist").write_text(NETWORK.format(directory=directory))
         with start_containerd(directory, rootfs, CONFIG, network=network, namespace="k8s.io") as containerd:
@@ -73,7 +73,7 @@ def start_plugin(directory: Path, rootfs: Path) -> Iterator[Containerd]:
 
 
 @contextmanager
-def _own_network() -> Iterator[str]:
+def own_network() -> Iterator[str]:
     """Have a network namespace, so that what CNI makes is not the host's, and yield its name."""
     name = f"katapy-cri-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", name], check=True)
@@ -85,19 +85,26 @@ def _own_network() -> Iterator[str]:
 
 
 @contextmanager
+def start_client(daemon: Containerd, messages: Any) -> Iterator[Cri]:
+    """Give a client."""
+    with grpc.insecure_channel(f"unix://{daemon.directory}/containerd.sock") as channel:
+        yield Cri(channel, messages, IMAGE)
+
+
+@contextmanager
 def connect(daemon: Containerd, messages: Any) -> Iterator[Cri]:
     """Give a client; afterwards there is no pod, and nothing of one."""
     known = descendants()
-    with grpc.insecure_channel(f"unix://{daemon.directory}/containerd.sock") as channel:
-        yield Cri(channel, messages, IMAGE)
+    with start_client(daemon, messages) as client:
+        yield client
     assert list(daemon.root.iterdir()) == [], "state left behind"
     await_true(lambda: not [name for pid, name in descendants().items() if pid not in known and "shim" in name])
 
 
 @contextmanager
-def pod(cri: Cri, logs: Path, name: str = "p1") -> Iterator[tuple[str, Any]]:
+def pod(cri: Cri, logs: Path, name: str = "p1", config: Any = None) -> Iterator[tuple[str, Any]]:
     """Run a pod while the context lasts; yield its id and its configuration."""
-    config = cri.pod_config(name, logs)
+    config = config or cri.pod_config(name, logs)
     sandbox = cri.run_pod(config)
     try:
         yield sandbox, config
@@ -106,12 +113,10 @@ def pod(cri: Cri, logs: Path, name: str = "p1") -> Iterator[tuple[str, Any]]:
         cri.pod("RemovePodSandbox", sandbox)
 
 
-def await_true(condition: Callable[[], bool]) -> None:
-    """Wait until something is so of which nothing tells."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def state(cri: Cri, container: str) -> tuple[int, int]:
+    """Return a container's state and exit code."""
+    found = cri.container("ContainerStatus", container).status
+    return found.state, found.exit_code
 
 
 def load_messages(directory: Path) -> Any:
@@ -174,20 +179,38 @@ class Cri:
         (path,) = (each["path"] for each in info["runtimeSpec"]["linux"]["namespaces"] if each["type"] == "network")
         return Path(path)
 
+    def pods(self) -> dict[str, str]:
+        """Return the ids of all pods, by their names."""
+        found = self.call("ListPodSandbox", self.messages.Empty())
+        return {item.metadata.name: item.id for item in found.items}
+
     def create(
-        self, pod: str, config: Any, name: str, command: Sequence[str], memory: int = 0, stdin: bool = False
+        self,
+        pod: str,
+        config: Any,
+        name: str,
+        command: Sequence[str],
+        *,
+        memory: int = 0,
+        mounts: Sequence[str] = (),
+        stdin: bool = False,
     ) -> str:
-        """Create a container in a pod and return its id."""
+        """Create a container in a pod and return its id; ``mounts`` are of the host's, /usr:/usr, to be read."""
         pb = self.messages
+        pid = config.linux.security_context.namespace_options.pid
         container = pb.ContainerConfig(
             metadata=pb.ContainerMetadata(name=name),
             image=pb.ImageSpec(image=self.image),
             command=command,
             log_path=f"{name}.log",
+            mounts=[
+                pb.Mount(host_path=source, container_path=place, readonly=True)
+                for source, _, place in (mount.partition(":") for mount in mounts)
+            ],
             stdin=stdin,
             linux=pb.LinuxContainerConfig(
                 resources=pb.LinuxContainerResources(memory_limit_in_bytes=memory),
-                security_context=pb.LinuxContainerSecurityContext(namespace_options=pb.NamespaceOption(pid=1)),
+                security_context=pb.LinuxContainerSecurityContext(namespace_options=pb.NamespaceOption(pid=pid)),
             ),
         )
         request = pb.CreateContainerRequest(pod_sandbox_id=pod, config=container, sandbox_config=config)
@@ -197,9 +220,9 @@ class Cri:
         """Make a call that is about a container."""
         return self.call(method, self.messages.ContainerRequest(container_id=container))
 
-    def start(self, pod: str, config: Any, name: str, *command: str, memory: int = 0, stdin: bool = False) -> str:
-        """Run a container in a pod and return its id."""
-        container = self.create(pod, config, name, command, memory, stdin)
+    def start(self, pod: str, config: Any, name: str, *command: str, **options: Any) -> str:
+        """Run a container in a pod and return its id; ``options`` are those of ``create``."""
+        container = self.create(pod, config, name, command, **options)
         self.container("StartContainer", container)
         return container
 

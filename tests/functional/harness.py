@@ -117,6 +117,14 @@ def await_ends(known: Collection[int], seconds: float) -> dict[int, str]:
     return {pid: name for pid, name in descendants().items() if pid not in known}
 
 
+def await_true(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def descendants() -> dict[int, str]:
     """Return the command lines of all living processes below this one, by pid."""
     parents: dict[int, int] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pty
@@ -14,114 +13,23 @@ import subprocess
 import tempfile
 import termios
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fcntl import ioctl
 from pathlib import Path
 
 import pytest
 from containerd_daemon import CTR, IMAGE, RUNTIME, SHIM, Containerd, start_containerd
+from ctr import SLEEP, execute, listening, remove, running, status, task
 from engine import Done
-from harness import DEADLINE
+from harness import DEADLINE, await_true
 
 from katapy import __version__
-from katapy.client import launch
-from katapy.client.task import TaskClient
 from katapy.errors import InvalidState, NotFound, Unsupported
 from katapy.proto.shim_pb2 import RuntimeInfo
 from katapy.proto.task_pb2 import DeleteResponse
 
 pytestmark = pytest.mark.skipif(not CTR.exists(), reason="containerd is not installed")
 SOURCE = Path(__file__).resolve().parents[2]
-SLEEP = ("sleep", "1000")
-
-
-@pytest.fixture(scope="module")
-def daemon(busybox: Path) -> Iterator[Containerd]:
-    """A daemon with an image."""
-    with (
-        tempfile.TemporaryDirectory(prefix="katapy-") as name,
-        start_containerd(Path(name), busybox) as containerd,
-    ):
-        # What unpacking an image starts and mounts is not a test's.
-        containerd.run("--rm", IMAGE, "first", "true")
-        yield containerd
-
-
-@pytest.fixture
-def containerd(daemon: Containerd, host: None) -> Iterator[Containerd]:
-    """The daemon; afterwards it has no container, and the shims have left nothing."""
-    yield daemon
-    left = daemon("containers", "ls", "--quiet").out.split()
-    for name in left:
-        daemon("task", "kill", "--signal", "KILL", name, check=False)
-        daemon("task", "rm", "--force", name, check=False)
-        daemon("containers", "rm", name, check=False)
-    assert not left, "containers left behind"
-    assert list(daemon.root.iterdir()) == [], "state left behind"
-    assert sockets(daemon) == [], "sockets left behind"
-    assert list((daemon.directory / "state/io.containerd.runtime.v2.task/default").iterdir()) == []
-
-
-def sockets(daemon: Containerd) -> list[str]:
-    """Return the addresses of shims of this daemon: others may run on this machine."""
-    found = []
-    for link in Path("/run/containerd/s").iterdir():
-        with contextlib.suppress(OSError):  # a socket itself, or gone
-            if link.readlink().is_relative_to(daemon.directory):
-                found.append(link.name)
-    return found
-
-
-def await_true(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def status(containerd: Containerd, name: str) -> str:
-    """Return the status of a task as ctr lists it."""
-    lines = [line.split() for line in containerd("task", "ls").out.splitlines()]
-    return next((line[2] for line in lines if line[0] == name), "")
-
-
-def helper(containerd: Containerd, name: str, program: str) -> int:
-    """Return the pid of one of the processes that a container's VM runs on."""
-    state = json.loads((containerd.root / name / "state.json").read_text())
-    return int(next(each["pid"] for each in state["helpers"] if each["name"] == program))
-
-
-@contextlib.contextmanager
-def running(containerd: Containerd, name: str, *command: str, options: tuple[str, ...] = ()) -> Iterator[str]:
-    """Run a container while the context lasts."""
-    containerd.run("--detach", *options, IMAGE, name, *(command or SLEEP))
-    try:
-        yield name
-    finally:
-        remove(containerd, name)
-
-
-def remove(containerd: Containerd, name: str) -> None:
-    """Kill and remove a container and its task."""
-    containerd("task", "kill", "--signal", "KILL", name, check=False)
-    await_true(lambda: status(containerd, name) in ("STOPPED", ""))
-    # Its exit status is ctr's own.
-    containerd("task", "rm", name, check=False)
-    containerd("containers", "rm", name)
-
-
-def execute(containerd: Containerd, name: str, *command: str, stdin: str | None = None, check: bool = True) -> Done:
-    """Run a command in a container."""
-    return containerd("task", "exec", "--exec-id", f"e{time.monotonic_ns()}", name, *command, stdin=stdin, check=check)
-
-
-@contextlib.contextmanager
-def task(containerd: Containerd, name: str) -> Iterator[TaskClient]:
-    """Talk to a shim as containerd does."""
-    with launch.connect(containerd.root / name) as client:
-        yield TaskClient(client, timeout=DEADLINE)
 
 
 def test_output_and_exit_status(containerd: Containerd) -> None:
@@ -294,29 +202,19 @@ def test_a_root_file_system_without_mounts(containerd: Containerd, busybox: Path
 
 def test_events(containerd: Containerd) -> None:
     """In their order, however quickly a process ends."""
-    with subprocess.Popen([CTR, "events"], stdout=subprocess.PIPE, text=True, env=containerd.env) as listener:
-        assert listener.stdout is not None
-        # Nothing tells that it listens but what it hears.
-        number = 0
-        while not select.select([listener.stdout], [], [], 0.5)[0]:
-            number += 1
-            containerd("namespaces", "label", "default", f"number={number}")
+    with listening(containerd) as hear:
         containerd.run("--detach", IMAGE, "c1", *SLEEP)
         execute(containerd, "c1", "true")
         containerd("task", "pause", "c1")
         containerd("task", "resume", "c1")
         remove(containerd, "c1")
-        seen: list[tuple[str, str]] = []
-        while not seen or seen[-1][0] != "/containers/delete":
-            topic, _, event = listener.stdout.readline().partition("default ")[2].partition(" ")
-            seen.append((topic, event))
-        listener.kill()
+        seen = hear("c1", "/containers/delete")
     topics = [topic.removeprefix("/tasks/") for topic, _ in seen if topic.startswith("/tasks/")]
     assert topics == [
         *("create", "start", "exec-added", "exec-started", "exit"),
         *("paused", "resumed", "exit", "delete"),
     ]
-    exits = [json.loads(event) for topic, event in seen if topic == "/tasks/exit"]
+    exits = [event for topic, event in seen if topic == "/tasks/exit"]
     assert exits[-1]["id"] == "c1"
     assert exits[-1]["exit_status"] == 137
 
@@ -339,77 +237,6 @@ def test_an_option_that_cannot_be_honoured(containerd: Containerd) -> None:
     assert done.status == 1
     assert "/nowhere" in done.err
     await_true(lambda: not list(containerd.root.iterdir()))
-
-
-def test_killed_shim(containerd: Containerd) -> None:
-    """containerd sees the end of the task, and it can be removed."""
-    containerd.run("--detach", IMAGE, "c1", *SLEEP)
-    os.kill(containerd.shim("c1"), signal.SIGKILL)
-    # It removes the task itself, some time after `delete` has returned.
-    bundle = containerd.directory / "state/io.containerd.runtime.v2.task/default/c1"
-    await_true(lambda: not bundle.exists() and not status(containerd, "c1"))
-    assert list(containerd.root.iterdir()) == []
-    containerd("containers", "rm", "c1")
-    await_true(lambda: containerd.run("--rm", IMAGE, "c1", "echo", "again", check=False).out == "again\n")
-
-
-def test_shim_killed_while_it_creates(containerd: Containerd) -> None:
-    """The VM is half-way up; all that it is goes with the shim."""
-    with ThreadPoolExecutor(1) as threads:
-        creating = threads.submit(containerd.run, "--rm", IMAGE, "c1", "true", check=False)
-        await_true(lambda: (containerd.root / "c1/staging").exists())
-        os.kill(containerd.shim("c1"), signal.SIGKILL)
-        assert creating.result().status == 1
-    # ctr tries to remove the container while containerd still has its task.
-    await_true(lambda: not status(containerd, "c1") and not list(containerd.root.iterdir()))
-    containerd("containers", "rm", "c1", check=False)
-
-
-def test_containerd_killed_while_it_creates(busybox: Path, host: None) -> None:
-    """Started again, it knows what it has; and it can be removed, or is gone already."""
-    with (
-        tempfile.TemporaryDirectory(prefix="katapy-") as name,
-        start_containerd(Path(name), busybox) as containerd,
-    ):
-        with ThreadPoolExecutor(1) as threads:
-            creating = threads.submit(containerd.run, IMAGE, "c1", *SLEEP, check=False)
-            await_true(lambda: (containerd.root / "c1/staging").exists())
-            containerd.stop(signal.SIGKILL)
-            assert creating.result().status == 1
-        containerd.start()
-        await_true(lambda: status(containerd, "c1") in ("", "CREATED", "STOPPED"))
-        containerd("task", "rm", "--force", "c1", check=False)
-        await_true(lambda: not status(containerd, "c1") and not list(containerd.root.iterdir()))
-        containerd("containers", "rm", "c1")
-
-
-def test_killed_vm(containerd: Containerd) -> None:
-    """The task has ended as if it was killed, and the shim answers."""
-    containerd.run("--detach", IMAGE, "c1", *SLEEP)
-    os.kill(helper(containerd, "c1", "QEMU"), signal.SIGKILL)
-    await_true(lambda: status(containerd, "c1") == "STOPPED")
-    assert "137" in containerd("task", "rm", "c1").err
-    containerd("containers", "rm", "c1")
-
-
-def test_a_stopped_vm(containerd: Containerd) -> None:
-    """The shim answers for it."""
-    with running(containerd, "c1"):
-        qemu = helper(containerd, "c1", "QEMU")
-        os.kill(qemu, signal.SIGSTOP)
-        try:
-            began = time.monotonic()
-            assert status(containerd, "c1") == "RUNNING"
-            assert time.monotonic() - began < 1
-        finally:
-            os.kill(qemu, signal.SIGCONT)
-
-
-def test_killed_stand_in(containerd: Containerd) -> None:
-    """A process of whose streams nobody takes care any more does not go on."""
-    with running(containerd, "c1"):
-        os.kill(int(containerd("task", "ps", "c1").out.splitlines()[1].split()[0]), signal.SIGKILL)
-        await_true(lambda: status(containerd, "c1") == "STOPPED")
 
 
 def test_output_that_nobody_reads(containerd: Containerd) -> None:
@@ -461,6 +288,35 @@ def test_containerd_is_started_again(busybox: Path, host: None) -> None:
             assert execute(containerd, "c1", "echo", "alive").out == "alive\n"
         written = log.read_text().splitlines()
         assert written == [str(number + 1) for number in range(len(written))]
+
+
+LOGGER = """#!/bin/sh
+echo "$CONTAINER_ID $CONTAINER_NAMESPACE $1 $(ls /proc/$$/fd | wc -l)" > "$2.who"
+exec 5>&-
+cat <&3 > "$2.out" &
+cat <&4 > "$2.err"
+wait
+sleep 0.3
+echo done >> "$2.who"
+"""
+
+
+def test_a_logging_program(containerd: Containerd, tmp_path: Path) -> None:
+    """It has all of what was written when the task is removed, and has ended by then."""
+    logger = tmp_path / "logger"
+    logger.write_text(LOGGER)
+    logger.chmod(0o755)
+    uri = f"binary://{logger}?to={tmp_path}/c1"
+    lines = "i=0; while [ $i -lt 5000 ]; do i=$((i+1)); echo $i; done"
+    with running(containerd, "c1", "sh", "-c", f"{lines}; echo err >&2; sleep 1000", options=("--log-uri", uri)):
+        await_true(lambda: (tmp_path / "c1.err").exists() and (tmp_path / "c1.err").read_text() == "err\n")
+    assert (tmp_path / "c1.out").read_text() == "".join(f"{number + 1}\n" for number in range(5000))
+    # Its streams, three, and the shell's own script; it is done.
+    assert re.fullmatch(r"c1 default to [789]\ndone\n", (tmp_path / "c1.who").read_text())
+    refused = containerd.run("--detach", "--log-uri", f"binary://{tmp_path}/nothing", IMAGE, "c1", "true", check=False)
+    assert "is missing or not executable" in refused.err
+    await_true(lambda: not list(containerd.root.iterdir()))
+    containerd("containers", "rm", "c1", check=False)
 
 
 def shim(*args: str, cwd: Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from cni import Namespace
 from containerd_daemon import Containerd
-from cri import MISSING, SLEEP, Cri, await_true, pod
-from harness import DEADLINE
+from cri import MISSING, SLEEP, Cri, pod
+from harness import DEADLINE, await_true
 from streaming import DATA, ERROR, STDERR, STDIN, STDOUT, Stream, attach, execute, forward
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)

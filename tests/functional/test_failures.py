@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import DEADLINE, Katapy, MakeBundle, descendants
+from harness import DEADLINE, Katapy, MakeBundle, await_true, descendants
 
 # "Within 2 s" is the promise; a shared machine may be slow.
 SOON = 20.0
@@ -100,6 +100,23 @@ def test_guest_that_does_not_answer(katapy: Katapy, bundle: MakeBundle) -> None:
     katapy.detach("run", "--detach", "--bundle", bundle(["sleep", "1000"]), "c1")
     os.kill(_pid_of(katapy, "c1", "qemu"), signal.SIGSTOP)
     katapy("delete", "--force", "c1", check=True)
+
+
+def test_agent_that_does_not_answer(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
+    """The VM goes on, but nobody hears its agent: SIGKILL ends it within its time, and `state` says so."""
+    config = tmp_path / "katapy.toml"
+    config.write_text('[hypervisor]\nvsock = "user"\n')
+    config.chmod(0o600)
+    katapy.options = ("--config", str(config))
+    katapy.detach("run", "--detach", "--bundle", bundle(["sleep", "1000"]), "c1")
+    os.kill(_pid_of(katapy, "c1", "vsock"), signal.SIGSTOP)
+    katapy("kill", "c1", "TERM", check=True)
+    assert katapy.state("c1")["status"] == "running"
+    began = time.monotonic()
+    katapy("kill", "c1", "KILL", check=True)
+    assert time.monotonic() - began < 10 + SOON
+    await_true(lambda: katapy.state("c1")["status"] == "stopped")
+    katapy("delete", "c1", check=True)
 
 
 def test_command_killed_during_boot(katapy: Katapy, bundle: MakeBundle) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from katapy.cgroups.cgroup import Cgroup, plan_record
-from katapy.cgroups.directory import Record, kill, processes, remove
+from katapy.cgroups.directory import Record, kill, processes, reap, remove
 from katapy.cgroups.layout import Hierarchy, Layout, find_layout
 from katapy.cgroups.limits import DeviceValue, HostLimits
 from katapy.cgroups.path import Driver, parse_cgroups_path
@@ -250,6 +250,30 @@ def test_kill_ends_all_but_the_caller(layout: Layout, top: str, sleeper: subproc
     finally:
         cgroup.leave(os.getpid())
     remove(cgroup.record)
+
+
+def test_what_does_not_end_by_itself_is_killed(layout: Layout, top: str, sleeper: subprocess.Popen[bytes]) -> None:
+    """A hook's child, for one, that outlives a killed shim; it held up the removal, and stayed."""
+    cgroup = make(layout, top, pid=sleeper.pid)
+    began = time.monotonic()
+    reap(cgroup.record, patience=0.2)
+    assert 0.2 <= time.monotonic() - began < 2
+    assert sleeper.wait() == -signal.SIGKILL
+    assert not any(top in path for path in snapshot())
+
+
+def test_nothing_is_killed_in_a_cgroup_that_was_there_before(
+    layout: Layout, top: str, sleeper: subprocess.Popen[bytes]
+) -> None:
+    """The plan of an owner that was killed before it saw that somebody is in it."""
+    others = make(layout, top, pid=sleeper.pid)
+    planned = plan_record(layout, parse_cgroups_path(top, Driver.CGROUPFS, "c1"))
+    with pytest.raises(Timeout, match="still in it"):
+        reap(planned, patience=0.1)
+    assert sleeper.poll() is None
+    sleeper.kill()
+    sleeper.wait()
+    remove(others.record)
 
 
 def test_leave_goes_back_to_where_the_caller_was(layout: Layout, top: str, sleeper: subprocess.Popen[bytes]) -> None:

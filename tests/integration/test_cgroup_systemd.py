@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 import uuid
@@ -15,7 +16,7 @@ from fake_systemd import FakeSystemd
 
 from katapy.cgroups import systemd
 from katapy.cgroups.cgroup import Cgroup, plan_record
-from katapy.cgroups.directory import Record, processes, remove
+from katapy.cgroups.directory import Record, processes, reap, remove
 from katapy.cgroups.layout import find_layout
 from katapy.cgroups.limits import HostLimits
 from katapy.cgroups.path import CgroupPath, Driver, parse_cgroups_path
@@ -114,6 +115,19 @@ def test_removal_kills_nobody(fake: FakeSystemd, path: CgroupPath, sleeper: subp
     sleeper.kill()
     sleeper.wait()
     remove(cgroup.record)
+
+
+def test_what_does_not_end_by_itself_is_killed(
+    fake: FakeSystemd, path: CgroupPath, sleeper: subprocess.Popen[bytes]
+) -> None:
+    """The end of a pod whose shim was killed; but nobody in a scope that was there before."""
+    cgroup = Cgroup.create(path, HostLimits(), layout=find_layout(), pid=sleeper.pid)
+    with pytest.raises(Timeout, match="still in it"):
+        reap(plan_record(find_layout(), path), patience=0.1)
+    assert sleeper.poll() is None
+    reap(cgroup.record, patience=0.1)
+    assert sleeper.wait() == -signal.SIGKILL
+    assert fake.named("StopUnit") == [(path.unit, "replace")]
 
 
 def test_a_failure_after_the_scope_leaves_nothing_and_kills_nobody(
