@@ -5,6 +5,7 @@ DESTDIR ?=
 LIBRARY := $(DESTDIR)$(PREFIX)/lib/katapy
 DATA_DIR := /var/lib/katapy
 BENCH ?= --docs
+NODE_IMAGE ?= localhost/katapy-node
 # Debian's own, the same as the guest's.
 PYTHON ?= /usr/bin/python3
 BIN := .venv/bin
@@ -25,7 +26,7 @@ removed := $(if $(filter-out $(RECIPE),$(file <build/image)),FORCE)
 # The example's configuration holds the host's kernel.
 rebooted := $(if $(findstring HOST_KERNEL=$(file </proc/sys/kernel/osrelease)",$(file <$(HELLO)/config.json)),,FORCE)
 
-.PHONY: run setup test unit soak bench lint format proto image guest-kernel install uninstall clean help FORCE
+.PHONY: run setup test unit soak bench lint format proto image node-image guest-kernel install uninstall clean help FORCE
 .DELETE_ON_ERROR:
 
 run: setup $(HELLO)/config.json ## set up, then run examples/hello in a virtual machine
@@ -82,6 +83,9 @@ proto: .venv/installed ## generate the messages from the .proto files
 	@$(PROTOC) --proto_path=katapy/proto --python_out=katapy/proto --pyi_out=katapy/proto $(notdir $(wildcard katapy/proto/*.proto))
 
 image: build/image ## the guest image and Debian's kernel, in /var/lib/katapy
+
+node-image: ## the container image that installs katapy on the nodes of Kubernetes; with buildah; NODE_IMAGE=name
+	buildah build --file deploy/Containerfile --tag "$(NODE_IMAGE)" .
 
 guest-kernel: .venv/installed ## a tuned guest kernel from Debian's source; minutes
 	@scripts/setup kernel-tools

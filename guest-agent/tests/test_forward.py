@@ -188,9 +188,24 @@ async def test_the_server_ends_first(ends: Ends) -> None:
     await soon(host.send(b"reply"))
     assert await receive(server) == b"reply"
     await soon(host.send(b""))
-    # The host may be quick.
-    host.stream.close()
     assert await receive(server) == b""
+    await soon(host.hang_up())
+
+
+async def test_a_host_that_hangs_up_after_its_end_has_said_it_all(ends: Ends) -> None:
+    """What the server has not read yet, it will."""
+    host, server = ends
+    server.shutdown(socket.SHUT_WR)
+    assert await soon(host.receive()) == b""
+    data = bytes(range(256)) * 80_000
+
+    async def ask() -> None:
+        await soon(host.send(data))
+        await soon(host.send(b""))
+        host.stream.close()
+
+    received, _ = await asyncio.gather(everything(server), ask())
+    assert received == data
 
 
 async def test_a_server_that_breaks_off_breaks_the_stream(ends: Ends) -> None:

@@ -86,6 +86,9 @@ def install(
     plans = [(engine, _plan(engine, host, runtime, config, uninstall=uninstall)) for engine in engines]
     for engine, change in plans:
         _carry_out(engine, change, runtime.name, uninstall=uninstall, dry_run=dry_run)
+        file = config or engine.config.format(name=name)
+        if not uninstall and (warning := engine.warning(host, file)):
+            click.echo(f"katapy: warning: {warning}", err=True)
 
 
 def _programs(host: Host) -> str:

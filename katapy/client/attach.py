@@ -443,6 +443,7 @@ def main(arguments: Iterable[str]) -> int:
     ready_fd = int(given.get("--ready-fd", -1))
     if "--view-fd" in given:
         os.close(int(given["--view-fd"]))
+    _leave_files()
     with Signals() as signals:
         try:
             control = _socket.socket(fileno=int(given["--socket-fd"]))
@@ -466,6 +467,16 @@ def main(arguments: Iterable[str]) -> int:
                 with contextlib.suppress(OSError):
                     os.write(2, f"katapy: {error}\n".encode())
             return error.status if isinstance(error, OutputLost) else SHIM_DIED
+
+
+def _leave_files() -> None:
+    """Have an empty directory as the root of this process, which has loaded all that it needs.
+
+    Engines look for a container's files at the root of its pid (nerdctl cp): the host's must not be there.
+    """
+    with contextlib.suppress(OSError):
+        os.chroot("/proc/self/fdinfo")
+        os.chdir("/")
 
 
 def _report(fd: int, data: bytes) -> None:

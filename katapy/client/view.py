@@ -29,7 +29,7 @@ def view_of(bundle: Bundle) -> Iterator[int]:
     """Have the process that is started meanwhile be in a mount namespace that shows the files of a container.
 
     Yields a descriptor of its root. The process's own root directory stays the host's, as its program and all that it
-    loads later is from there. Raises Unavailable where there can be no such namespace.
+    loads is from there. Raises Unavailable where there can be no such namespace.
     """
     host, root, here = os.open("/proc/self/ns/mnt", os.O_RDONLY), os.open("/", _DIRECTORY), os.open(".", _DIRECTORY)
     view = -1
@@ -65,14 +65,20 @@ def _enter(bundle: Bundle) -> int:
         with ExitStack() as trees:
             binds: dict[int, int] = {}
             for bind in bundle.spec.bind_mounts:
-                binds[bind.index] = _clone(bind.source, recursive=bind.recursive)
-                trees.callback(os.close, binds[bind.index])
+                # One that cannot be bound here cannot be shared either, and is refused for that.
+                with suppress(OSError):
+                    binds[bind.index] = _clone(bind.source, recursive=bind.recursive)
+                    trees.callback(os.close, binds[bind.index])
             _change_root(bundle.rootfs, read_only=bundle.spec.root.read_only)
-            view = os.open("/", _DIRECTORY)
-            _mount_all(bundle.spec, binds)
+            # The mode of a directory that is made is the container's to see.
+            umask = os.umask(0o022)
+            try:
+                _mount_all(bundle.spec, binds)
+            finally:
+                os.umask(umask)
+        return os.open("/", _DIRECTORY)
     except OSError as error:
         raise Unavailable(f"cannot show the files of {bundle.path}: {error.strerror}") from error
-    return view
 
 
 def _clone(source: str, *, recursive: bool) -> int:
@@ -101,23 +107,29 @@ def _change_root(rootfs: str, *, read_only: bool) -> None:
 
 def _mount_all(spec: Spec, binds: Mapping[int, int]) -> None:
     """Mount what the container has: from here on a path is one of the container's, and leads to nowhere else."""
-    hidden = []
     with suppress(OSError):
         Path("/proc").mkdir(mode=0o555)
-    for index, mount in enumerate(spec.mounts):
-        # What cannot be shown, in a read-only root for example, is not there.
-        with suppress(OSError):
-            if index in binds:
-                attributes = _RESTRICTED | (linux.MOUNT_ATTR_RDONLY if mount.read_only else 0)
-                linux.mount_setattr(binds[index], set_=attributes, propagation=linux.MS_PRIVATE, recursive=True)
-                _attach(binds[index], mount.destination)
-            elif mount.destination != "/proc":
-                # Not made where it is not there: what the guest mounts has the mode of the directory that it finds.
-                linux.mount("katapy", mount.destination, "tmpfs", 0, "mode=0755,size=64k")
-                hidden.append(os.open(mount.destination, _DIRECTORY))
-    for fd in hidden:
-        linux.mount_setattr(fd, set_=_RESTRICTED | linux.MOUNT_ATTR_RDONLY, recursive=False)
-        os.close(fd)
+    with ExitStack() as hidden:
+        for index, mount in enumerate(spec.mounts):
+            # What cannot be shown, in a read-only root for example, is not there.
+            with suppress(OSError):
+                if index in binds:
+                    attributes = _RESTRICTED | (linux.MOUNT_ATTR_RDONLY if mount.read_only else 0)
+                    linux.mount_setattr(binds[index], set_=attributes, propagation=linux.MS_PRIVATE, recursive=True)
+                    _attach(binds[index], mount.destination)
+                elif mount.destination != "/proc" and not mount.is_bind:
+                    # Not made where it is not there: what the guest mounts has the mode of the directory that it finds.
+                    linux.mount("katapy", mount.destination, "tmpfs", 0, "mode=0755,size=64k")
+                    # At the end, as others may be mounted in it.
+                    hidden.callback(_close, os.open(mount.destination, _DIRECTORY))
+
+
+def _close(directory: int) -> None:
+    """Let nothing be written to what is mounted on a directory, and close its descriptor."""
+    try:
+        linux.mount_setattr(directory, set_=_RESTRICTED | linux.MOUNT_ATTR_RDONLY, recursive=False)
+    finally:
+        os.close(directory)
 
 
 def _attach(tree: int, destination: str) -> None:

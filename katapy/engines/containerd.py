@@ -86,6 +86,13 @@ class Containerd(Engine):
         gone = file.name != main.name or _is_alone(file.text, name)
         return Change(host.locate(file.name), file.contents, None if gone else kept.text, _backup(file, main))
 
+    def warning(self, host: Host, config: str) -> str | None:
+        """See Engine. Docker's package of containerd comes with the plugin disabled."""
+        disabled = _File.read(host, config).document.get("disabled_plugins", [])
+        if isinstance(disabled, list) and set(_PLUGINS.values()).intersection(map(str, disabled)):
+            return f"disabled_plugins in {config} has the CRI plugin: Kubernetes cannot use this containerd"
+        return None
+
     def names(self, host: Host) -> list[str]:
         """See Engine."""
         main = _File.read(host, self.config)

@@ -50,6 +50,10 @@ class Engine(ABC):
     def plan_uninstall(self, host: Host, name: str, config: str) -> Change | None:
         """Return the change that removes what ``install`` has added, None where there is nothing of it."""
 
+    def warning(self, _host: Host, _config: str) -> str | None:
+        """Return why the engine will not use what was installed, None where nothing speaks against it."""
+        return None
+
     @abstractmethod
     def names(self, host: Host) -> list[str]:
         """Return the names under which the engine has katapy. Raises KatapyError where a file cannot be read."""

@@ -285,6 +285,7 @@ class Program:
     debug: bool = False
     log: bytes = b""
     connections: list[Connection] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
     _news: threading.Condition = field(default_factory=threading.Condition)
 
     def flags(self, container: str) -> list[str]:
@@ -311,6 +312,7 @@ class Program:
         os.mkfifo(bundle / "log", 0o700)
         log = os.open(bundle / "log", os.O_RDONLY | os.O_NONBLOCK)
         threading.Thread(target=self._drain, args=[log], daemon=True).start()
+        self.started.append(container)
         debug = ["-debug"] if self.debug else []
         done = self.run(*self.flags(container), *debug, "start", cwd=bundle, stdin=stdin)
         if done.returncode:

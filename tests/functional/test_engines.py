@@ -183,6 +183,7 @@ def test_copies(engine: Engine) -> None:
         assert "read-only file system" in refused.err
         assert not Path("/", place, "new").exists()
     assert os.listdir(volume) == [name]
+    assert not Path(f"/proc/{_inspect(engine, 'c1')['Pid']}/root/etc").exists()
     engine.podman("rm", "--force", "--time", "0", "c1")
 
 

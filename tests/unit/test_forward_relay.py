@@ -123,9 +123,23 @@ async def test_the_client_ends_first(lab: Lab) -> None:
     await soon(guest.send(b"answer"))
     assert await receive(client) == b"answer"
     await soon(guest.send(b""))
-    # A guest may be quick.
-    guest.stream.close()
     assert await receive(client) == b""
+
+
+async def test_a_guest_that_hangs_up_after_its_end_has_said_it_all(lab: Lab) -> None:
+    """What the client has not read yet, it will."""
+    client, guest = await lab.connection()
+    client.shutdown(socket.SHUT_WR)
+    assert await soon(guest.receive()) == b""
+    data = bytes(range(256)) * 80_000
+
+    async def answer() -> None:
+        await soon(guest.send(data))
+        await soon(guest.send(b""))
+        guest.stream.close()
+
+    received, _ = await asyncio.gather(everything(client), answer())
+    assert received == data
 
 
 async def test_the_guest_ends_first(lab: Lab) -> None:

@@ -384,6 +384,30 @@ def test_how_docker_names_a_runtime(
 # ---------------------------------------------------------------- files
 
 
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [
+        ("containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20~ds1-1+deb12u3", (1, 6, 20)),
+        ("containerd containerd.io 1.7.27 05044ec0a9a75232cad458027ca83437aae3f4da", (1, 7, 27)),
+        ("containerd github.com/containerd/containerd/v2 v2.1.4 75cb2b7193e4", (2, 1, 4)),
+        ("Docker version 20.10.24+dfsg1, build 5d6db84", (20, 10, 24)),
+        ("Docker version 28.1.1, build 01f442b", (28, 1, 1)),
+        ("podman version 4.3.1", (4, 3, 1)),
+        ("crio version 1.35.0\nGitCommit: 0", (1, 35, 0)),
+        ("engine version 7.1", (7, 1)),
+        ("unknown", ()),
+        ("", ()),
+    ],
+)
+def test_what_engines_say_of_their_version(
+    host: Host, monkeypatch: pytest.MonkeyPatch, said: str, version: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(Host, "output", lambda self, *argv: said)
+    assert host.version("engine") == ()
+    write(host, "/usr/bin/engine", b"").chmod(0o755)
+    assert host.version("engine") == version
+
+
 def test_a_link_is_followed_as_the_engine_would(host: Host, tmp_path: Path) -> None:
     """Of another host: an absolute target is below its root, not below ours. The link stays."""
     write(host, "/data/docker.json", b"{}")
