@@ -19,7 +19,8 @@ from cri import EXITED, MISSING, RUNNING, SLEEP, Cri, own_network, pod, start_cl
 from harness import await_true
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-COUNT = ("sh", "-c", "i=0; while true; do i=$((i+1)); echo $i; sleep 0.02; done")
+# Not more often: each line starts a program, and there are ten of them on an emulated machine.
+COUNT = ("sh", "-c", "i=0; while true; do i=$((i+1)); echo $i; sleep 0.2; done")
 
 
 @dataclass
