@@ -201,7 +201,8 @@ def run(
         wanted = Wanted(container_id, bundle, console_socket, pid_file, detached=True, foreground=False)
         _create_detached(settings, wanted, start=True, report=report)
         return 0
-    from katapy.client.pod import enter_network, write_pid_file
+    from katapy.client.namespace import enter_network
+    from katapy.client.pod import write_pid_file
 
     wanted = Wanted(container_id, bundle, console_socket, pid_file, detached=False, foreground=not keep)
     with _begun(settings, wanted) as (pod, loaded):
@@ -346,7 +347,7 @@ def delete(settings: Settings, force: bool, container_id: str) -> None:
       katapy delete web
       katapy delete --force web
     """
-    from katapy.client import pod
+    from katapy.client import removal
 
     require_root("delete a container")
-    tell(pod.delete(settings.root, container_id, force=force))
+    tell(removal.delete(settings.root, container_id, force=force))

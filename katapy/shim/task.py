@@ -19,7 +19,7 @@ from typing import Final
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from katapy.client.pod import network_command
+from katapy.client.namespace import network_command
 from katapy.config import Config
 from katapy.errors import InvalidArgument, KatapyError, Unsupported
 from katapy.oci.process import parse_process

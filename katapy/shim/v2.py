@@ -204,9 +204,9 @@ def _make_state(root: Path, state: State) -> None:
 
 
 def _remove_state(root: Path, container_id: str) -> None:
-    from katapy.client import pod
+    from katapy.client import leftovers
 
-    pod.finish(root, container_id)
+    leftovers.finish(root, container_id)
 
 
 def _read_config(bundle: str) -> dict[str, Any]:
@@ -253,13 +253,13 @@ def delete(call: Call) -> bytes:
     from katapy import lean
 
     lean.skip_python_messages()
-    from katapy.client import pod
+    from katapy.client import removal
     from katapy.proto.task_pb2 import DeleteResponse
 
     root = state_root(call.address, call.namespace)
     pid, status = 0, 137
     with suppress(NotFound):
-        state = pod.abandon(root, call.id, patience=_PATIENCE)
+        state = removal.abandon(root, call.id, patience=_PATIENCE)
         pid = state.pid
         status = status if state.exit_status is None else state.exit_status
     socket_link(root, call.id).unlink(missing_ok=True)

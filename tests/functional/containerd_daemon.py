@@ -25,6 +25,8 @@ CTR = Path("/usr/bin/ctr")
 SHIM = KATAPY.with_name("containerd-shim-katapy-v2")
 IMAGE = "localhost/busybox:test"
 RUNTIME = "io.containerd.katapy.v2"
+# By its name are cgroups made: other tests may run at the same time.
+NAMESPACE = f"katapy-{os.getpid()}"
 CONFIG = """
 version = 2
 root = "{directory}/root"
@@ -43,7 +45,7 @@ class Containerd:
 
     directory: Path
     process: subprocess.Popen[bytes] | None = None
-    namespace: str = "default"
+    namespace: str = NAMESPACE
     network: str = ""
 
     @property
@@ -129,7 +131,7 @@ class Containerd:
 
 @contextlib.contextmanager
 def start_containerd(
-    directory: Path, rootfs: Path, config: str = CONFIG, *, network: str = "", namespace: str = "default"
+    directory: Path, rootfs: Path, config: str = CONFIG, *, network: str = "", namespace: str = NAMESPACE
 ) -> Iterator[Containerd]:
     """Run a daemon with an image of ``rootfs``, IMAGE; nothing of it is left afterwards.
 

@@ -81,7 +81,7 @@ def listening(containerd: Containerd) -> Iterator[Callable[[str, str], Heard]]:
         number = 0
         while not select.select([stream], [], [], 0.5)[0]:
             number += 1
-            containerd("namespaces", "label", "default", f"number={number}")
+            containerd("namespaces", "label", containerd.namespace, f"number={number}")
         seen: Heard = []
 
         def hear(name: str, last: str) -> Heard:
@@ -90,7 +90,7 @@ def listening(containerd: Containerd) -> Iterator[Callable[[str, str], Heard]]:
                 topics = [topic for topic, _ in found]
                 if last in topics:
                     return found[: topics.index(last) + 1]
-                topic, _, event = stream.readline().partition("default ")[2].partition(" ")
+                topic, _, event = stream.readline().partition(f"{containerd.namespace} ")[2].partition(" ")
                 seen.append((topic, json.loads(event)))
 
         try:

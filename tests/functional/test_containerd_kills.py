@@ -187,7 +187,7 @@ def test_killed_shim(containerd: Containerd) -> None:
     containerd.run("--detach", IMAGE, "c1", *SLEEP)
     os.kill(containerd.shim("c1"), signal.SIGKILL)
     # It removes the task itself, some time after `delete` has returned.
-    bundle = containerd.directory / "state/io.containerd.runtime.v2.task/default/c1"
+    bundle = containerd.directory / "state/io.containerd.runtime.v2.task" / containerd.namespace / "c1"
     await_true(lambda: not bundle.exists() and not status(containerd, "c1"))
     assert list(containerd.root.iterdir()) == []
     containerd("containers", "rm", "c1")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from katapy.client import launch, pod
+from katapy.client import launch, removal
 from katapy.client.task import TaskClient
 from katapy.errors import Internal, NotFound
 from katapy.state import ProcessRef, State, StateDir, Status, now
@@ -57,7 +57,7 @@ def test_delete_finds_a_shim_that_takes_over_meanwhile(tmp_path: Path) -> None:
         _make_state(root, creator.pid)
         client, pid = launch.start_shim(root, "c1", debug=False, config=None)
         with client:
-            pod.delete(root, "c1", force=True)
+            removal.delete(root, "c1", force=True)
             assert client.wait_closed(DEADLINE)
         os.waitpid(pid, 0)
         assert creator.wait(DEADLINE) == -signal.SIGKILL
@@ -75,8 +75,8 @@ def test_a_damaged_state_can_be_deleted_with_force(tmp_path: Path) -> None:
                 TaskClient(client, timeout=DEADLINE).state("c1")
             (root / "c1" / "state.json").write_text("{")
             with pytest.raises(Internal, match="damaged"):
-                pod.delete(root, "c1", force=False)
-            pod.delete(root, "c1", force=True)
+                removal.delete(root, "c1", force=False)
+            removal.delete(root, "c1", force=True)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert list(root.iterdir()) == []
         creator.kill()
