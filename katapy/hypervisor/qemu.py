@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import stat
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,12 +248,18 @@ class QemuVm:
 
 @asynccontextmanager
 async def start_vm(
-    config: VmConfig, *, name: str, console_path: Path, snapshot: Snapshot | None = None
+    config: VmConfig,
+    *,
+    name: str,
+    console_path: Path,
+    snapshot: Snapshot | None = None,
+    started: Callable[[run.Process], None] = lambda _process: None,
 ) -> AsyncIterator[QemuVm]:
     """Start a VM and end it with the context; the guest boots already when this yields.
 
     ``name`` is the sandbox's id, ``console_path`` a file for the guest's console (at most 1 MiB) in its directory.
-    With ``snapshot`` it does not, but waits for ``restore``, with the memory that was saved.
+    With ``snapshot`` it does not, but waits for ``restore``, with the memory that was saved. ``started`` is told of
+    QEMU's process as soon as there is one.
     With KVM the caller needs a mount namespace of its own; see ``kvm_node``.
     Raises NotFound, PermissionDenied or InvalidArgument for a file of ``config`` that cannot be used, Unavailable
     with QEMU's own words when it does not start.
@@ -261,6 +267,7 @@ async def start_vm(
     async with AsyncExitStack() as stack:
         with phase("launch QEMU"):
             vm, control = _launch(config, name, console_path, stack, restored=snapshot is not None)
+        started(vm.process)
         stack.push_async_callback(vm.stop)
         copying = asyncio.ensure_future(vm.copy_memory(snapshot) if snapshot else _nothing())
         stack.push_async_callback(asyncio.wait, [copying])

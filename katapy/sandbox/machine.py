@@ -115,15 +115,19 @@ class Machine:
         """Dial a guest port."""
         return await self.parts.vsock.connect(port, timeout=_CONNECT_SECONDS)
 
+    def _own(self, process: run.Process) -> None:
+        if process not in self.processes:
+            self.processes.append(process)
+            self._record(self.processes)
+
     def _watch(self, process: run.Process, stack: AsyncExitStack, output: GuestConsole | None = None) -> None:
         async def watch() -> None:
             await process.wait()
             if not self._ending and not self._failed.done():
                 self._failed.set_result(self._obituary())
 
-        self.processes.append(process)
+        self._own(process)
         self._outputs[process] = output
-        self._record(self.processes)
         task = asyncio.create_task(watch(), name=f"watch {process.name}")
         stack.push_async_callback(_cancelled, task)
 
@@ -262,19 +266,20 @@ async def _bring_up(
     daemon = await stack.enter_async_context(start_virtiofsd(program, tree.export, directory, TAG))
     machine._watch(daemon.process, stack, daemon.output)
     vm_config = replace(base, devices=(*base.devices, vsock.device, daemon.device))
-    starting = start_vm(vm_config, name=name, console_path=directory / "console.log", snapshot=snapshot)
+    console = directory / "console.log"
+    starting = start_vm(vm_config, name=name, console_path=console, snapshot=snapshot, started=machine._own)
     vm = await machine.guarded(stack.enter_async_context(starting))
     machine._watch(vm.process, stack, vm.console)
     if snapshot is not None:
-        await vm.restore(vm_config, snapshot)
+        await machine.guarded(vm.restore(vm_config, snapshot))
         with phase("await the network"):
             found = await nics
-        await vm.plug(found)
-        await vm.resume()
+        await machine.guarded(vm.plug(found))
+        await machine.guarded(vm.resume())
     else:
         with phase("boot the guest"):
             await machine.guarded(vm.wait_ready(timeout))
-        await vm.plug(await nics)
+        await machine.guarded(vm.plug(await nics))
     with phase("import gRPC"):
         await imported
     from katapy.agent import client

@@ -312,7 +312,7 @@ def test_a_logging_program(containerd: Containerd, tmp_path: Path) -> None:
         await_true(lambda: (tmp_path / "c1.err").exists() and (tmp_path / "c1.err").read_text() == "err\n")
     assert (tmp_path / "c1.out").read_text() == "".join(f"{number + 1}\n" for number in range(5000))
     # Its streams, three, and the shell's own script; it is done.
-    assert re.fullmatch(r"c1 default to [789]\ndone\n", (tmp_path / "c1.who").read_text())
+    assert re.fullmatch(rf"c1 {containerd.namespace} to [789]\ndone\n", (tmp_path / "c1.who").read_text())
     refused = containerd.run("--detach", "--log-uri", f"binary://{tmp_path}/nothing", IMAGE, "c1", "true", check=False)
     assert "is missing or not executable" in refused.err
     await_true(lambda: not list(containerd.root.iterdir()))
