@@ -22,7 +22,7 @@ from katapy.client.view import view_of
 from katapy.errors import InvalidArgument, InvalidState, KatapyError, NotFound, Unavailable, from_wire
 from katapy.oci.bundle import Bundle
 from katapy.oci.process import ProcessSpec, parse_process
-from katapy.state import PROCESS_FILE, ProcessRef, State, StateDir, Status, now
+from katapy.state import PROCESS_FILE, ProcessRef, State, StateDir
 from katapy.transport.ttrpc import TtrpcClient
 
 ATTACH: Final = "attach:"
@@ -60,7 +60,9 @@ class Pod:
         """
         if bundle.spec.sandbox:
             cls.connect(options.root, bundle.spec.sandbox).close()
-        _make_state(options.root, container_id, bundle)
+        # Until the shim takes over: should we be killed before, the state shows that nobody is behind it.
+        state = bundle.new_state(container_id, ProcessRef.of("creator", os.getpid()))
+        StateDir.create(str(options.root), state).close()
         if bundle.spec.sandbox:
             try:
                 return cls(options.root, container_id, launch.connect(options.root / bundle.spec.sandbox))
@@ -299,20 +301,3 @@ def write_pid_file(path: Path | None, pid: int) -> None:
 
 def _stdio(*, terminal: bool) -> Stdio:
     return Stdio(stdin=ATTACH, stdout=ATTACH, stderr="" if terminal else ATTACH, terminal=terminal)
-
-
-def _make_state(root: Path, container_id: str, bundle: Bundle) -> None:
-    state = State(
-        id=container_id,
-        bundle=bundle.path,
-        rootfs=bundle.rootfs,
-        sandbox=bundle.spec.sandbox or container_id,
-        status=Status.CREATING,
-        created=now(),
-        oci_version=bundle.spec.oci_version,
-        owner=os.getuid(),
-        annotations=bundle.spec.annotations,
-        # Until the shim takes over: should we be killed before, the state shows that nobody is behind it.
-        shim=ProcessRef.of("creator", os.getpid()),
-    )
-    StateDir.create(str(root), state).close()

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 from katapy.errors import InvalidArgument, NotFound, Unsupported
 from katapy.jsonfile import printable, read
 from katapy.oci.spec import Spec, parse_spec
+from katapy.state import ProcessRef, State, Status, now
 from katapy.tree import mounts_below
 
 CONFIG: Final = "config.json"
@@ -24,6 +25,21 @@ class Bundle(NamedTuple):
     path: str
     rootfs: str
     spec: Spec
+
+    def new_state(self, container_id: str, owner: ProcessRef) -> State:
+        """Return the state of a container that is being made of it; ``owner`` is who stands behind that."""
+        return State(
+            id=container_id,
+            bundle=self.path,
+            rootfs=self.rootfs,
+            sandbox=self.spec.sandbox or container_id,
+            status=Status.CREATING,
+            created=now(),
+            oci_version=self.spec.oci_version,
+            owner=os.getuid(),
+            annotations=self.spec.annotations,
+            shim=owner,
+        )
 
 
 def load_bundle(path: str) -> Bundle:

@@ -1,6 +1,7 @@
 """What of a container is written to its state directory, so that others can read it without asking the shim.
 
-The caller that makes a container makes the directory; from then on the shim is the only one that writes to it.
+The caller that makes a container makes the directory, but an engine that adds one to a pod leaves that to the shim;
+from then on the shim is the only one that writes to it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from katapy import run
 from katapy.cgroups.directory import Record as CgroupRecord
 from katapy.errors import NotFound
+from katapy.oci.bundle import Bundle
 from katapy.state import PROCESS_FILE, ProcessRef, State, StateDir, Status
 
 
@@ -27,6 +29,12 @@ class Record:
             self._state = self._directory.load()
             self.creator = self._state.shim
             self._update(shim=ProcessRef.of("shim", os.getpid()))
+
+    @classmethod
+    def begin(cls, root: Path, bundle: Bundle, container_id: str) -> Record:
+        """Make the state of a container that nobody has made yet. Raises AlreadyExists for an id that is taken."""
+        StateDir.create(str(root), bundle.new_state(container_id, ProcessRef.of("shim", os.getpid()))).close()
+        return cls(root, container_id)
 
     def helpers(self, processes: Iterable[run.Process]) -> None:
         """Note the processes that the pod runs on, for whoever must clean up when the shim cannot."""

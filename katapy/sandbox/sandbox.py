@@ -109,7 +109,12 @@ class Sandbox:
         if container_id in self._containers:
             raise AlreadyExists(f"container with id exists: {container_id}")
         process = GuestProcess(container_id, "", stdio, status=Status.CREATING)
-        record = self._record if container_id == self.id else Record(self.root, container_id)
+        if container_id == self.id:
+            record = self._record
+        elif stand_in is None:
+            record = Record(self.root, container_id)
+        else:
+            record = Record.begin(self.root, bundle, container_id)
         container = Container(bundle, process, record)
         self._containers[container_id] = container
         task = asyncio.current_task()

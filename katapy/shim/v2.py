@@ -114,18 +114,21 @@ def start(call: Call) -> str:
         shim=ProcessRef.of("creator", os.getpid()),
     )
     address = f"unix://{link}"
+    if sandbox_id != call.id:
+        # Its state is the shim's to make, at Create: an engine that then finds the shim dead asks for no `delete`.
+        _check_serves(link, sandbox_id)
+        _clear_state(root, call.id)
+        _write_address(call.bundle, address)
+        return address
     with ExitStack() as undo:
-        if sandbox_id != call.id:
-            _check_serves(link, sandbox_id)
-        else:
-            _begin(call.bundle)
-            undo.callback(preload.drop)
-        _make_state(root, state)
+        _begin(call.bundle)
+        undo.callback(preload.drop)
+        _clear_state(root, call.id)
+        StateDir.create(str(root), state).close()
         undo.callback(_remove_state, root, call.id)
         # Last is what cannot be undone at once.
         _write_address(call.bundle, address)
-        if sandbox_id == call.id:
-            _start_shim(call, root, link, systemd_cgroup=_is_systemd(config))
+        _start_shim(call, root, link, systemd_cgroup=_is_systemd(config))
         undo.pop_all()
     return address
 
@@ -190,17 +193,16 @@ def _check_serves(link: Path, sandbox_id: str) -> None:
         raise Unavailable(f"the pod {sandbox_id} does not run: {error}") from error
 
 
-def _make_state(root: Path, state: State) -> None:
-    """Make the state directory; one that a killed shim and an engine that forgot it have left is removed."""
+def _clear_state(root: Path, container_id: str) -> None:
+    """Remove what a killed shim and an engine that forgot it have left. Raises AlreadyExists where it is alive."""
     try:
-        StateDir.create(str(root), state).close()
-    except AlreadyExists:
-        with StateDir.open(str(root), state.id) as directory:
+        with StateDir.open(str(root), container_id) as directory:
             left = directory.load()
-        if left.shim is not None and left.shim.alive():
-            raise
-        _remove_state(root, state.id)
-        StateDir.create(str(root), state).close()
+    except NotFound:
+        return
+    if left.shim is not None and left.shim.alive():
+        raise AlreadyExists(f"container with id exists: {container_id}")
+    _remove_state(root, container_id)
 
 
 def _remove_state(root: Path, container_id: str) -> None:

@@ -527,6 +527,11 @@ def test_a_pod_of_containerd_s(containerd: Containerd, busybox: Path) -> None:
     seen = [topic for topic in containerd.events.topics("c1") if topic != "paused"]
     assert seen == ["create", "start", "exec-added", "exec-started", "exit", "exit", "delete"]
 
+    late = make_bundle(
+        containerd.directory / "c2", busybox, SLEEP, edit=lambda spec: spec.update(annotations=annotations("container"))
+    )
+    # The shim dies before the daemon can connect: of c2 it asks for nothing any more, and nothing may be left.
+    containerd.program.start("c2", late, containerd.parameters("c2"))
     shim = sandbox.call("Connect", pb.ConnectRequest(id="p1"), pb.ConnectResponse).shim_pid
     waiting = sandbox.begin_wait("p1")
     os.kill(shim, signal.SIGKILL)
