@@ -73,6 +73,24 @@ class Process:
         self._close()
         return status
 
+    def kill_children(self) -> None:
+        """End the processes that the process itself has started, now, and has not waited for."""
+        for pid in self._children():
+            with contextlib.suppress(OSError):
+                fd = os.pidfd_open(pid)
+                try:
+                    # Looked up again with the descriptor open: from here on the pid cannot be another process.
+                    if pid in self._children():
+                        signal.pidfd_send_signal(fd, signal.SIGKILL)
+                finally:
+                    os.close(fd)
+
+    def _children(self) -> list[int]:
+        if self._popen.returncode is None:
+            with contextlib.suppress(OSError), open(f"/proc/{self.pid}/task/{self.pid}/children") as children:  # noqa: PTH123 - pathlib is slow to import
+                return [int(pid) for pid in children.read().split()]
+        return []
+
     async def stop(self, *, grace: float) -> int | None:
         """End the process: SIGTERM, after ``grace`` seconds SIGKILL, then reap.
 

@@ -130,7 +130,7 @@ def remove(record: Record, *, timeout: float = _REMOVE_SECONDS) -> None:
 
 
 def reap(record: Record, *, patience: float) -> None:
-    """Remove the cgroup of a pod whose owner was killed, and what has not ended by itself in ``patience`` seconds.
+    """Remove the cgroup of a pod that has ended, and what has not ended by itself in ``patience`` seconds.
 
     Killed is what is in a directory that katapy made: what was there before may be somebody else's as well.
     Raises what ``kill`` and ``remove`` raise.

@@ -26,6 +26,8 @@ _DEFAULT_PERIOD: Final = 100_000  # microseconds, the kernel's
 _OVERHEAD_CPU: Final = 0.25
 # Threads of QEMU and its helpers: far above what they start, far below what could harm the host.
 _THREADS: Final = 1024
+# For what has been killed already, in seconds. Engines wait for five for a shim to end.
+_PATIENCE: Final = 2.0
 
 
 def boot_limits(spec: Spec, *, vcpus: int, memory_bytes: int, emulated: bool, layout: Layout) -> HostLimits:
@@ -155,8 +157,11 @@ class HostCgroup:
         return self._cgroup.oom_kills()
 
     def remove(self) -> None:
-        """Take this process and its stand-ins out, and remove the cgroup. Raises Timeout where others stay in it."""
+        """Take this process and its stand-ins out, and remove the cgroup, with what has not ended in it.
+
+        Raises Timeout where others stay in one that katapy has not made, or are stuck in the kernel.
+        """
         for pid in self._guests:
             if pid == os.getpid() or os.path.exists(f"/proc/{pid}"):
                 self._cgroup.leave(pid)
-        directory.remove(self._cgroup.record)
+        directory.reap(self._cgroup.record, patience=_PATIENCE)

@@ -78,6 +78,8 @@ async def start_virtiofsd(program: Path, source: Path, directory: Path, tag: str
         try:
             yield Virtiofsd(process, SharedDir(tag, ours.fileno()), output)
         finally:
+            # Who serves is a child. It ends with its parent and with the VM, but only if it heeds what it is told.
+            process.kill_children()
             await process.stop(grace=0)
 
 

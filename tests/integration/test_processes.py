@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from katapy import run
+from katapy.config import VIRTIOFSD_PATHS
 from katapy.errors import Unavailable
+from katapy.storage.virtiofs import find_virtiofsd, start_virtiofsd
 
 SLEEP = ["/usr/bin/sleep", "1000"]
 
@@ -105,3 +109,19 @@ def test_an_owner_that_is_killed_before_the_kernel_knows_whom_to_kill(tmp_path: 
         said = ending.read()
     assert owner.wait() == -signal.SIGKILL
     assert (said, began.exists()) == (b"", False)
+
+
+@pytest.mark.root
+async def test_a_daemon_whose_second_process_is_stopped(tmp_path: Path) -> None:
+    """virtiofsd is two processes, and the one that serves outlived the other: it heeded no signal but SIGKILL."""
+    program = find_virtiofsd(VIRTIOFSD_PATHS)
+    async with start_virtiofsd(program, tmp_path, tmp_path, "katapy") as virtiofsd:
+        listed = Path(f"/proc/{virtiofsd.process.pid}/task/{virtiofsd.process.pid}/children")
+        while not (served := listed.read_text().split()):  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.01)
+        fd = os.pidfd_open(int(served[0]))
+        os.kill(int(served[0]), signal.SIGSTOP)
+    try:
+        assert select.select([fd], [], [], 10)[0]
+    finally:
+        os.close(fd)
