@@ -392,12 +392,14 @@ class MemoryStats(_message.Message):
     def __init__(self, usage_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., swap_bytes: _Optional[int] = ..., stat: _Optional[_Mapping[str, int]] = ..., oom_events: _Optional[int] = ..., oom_kills: _Optional[int] = ..., swap_limit_bytes: _Optional[int] = ...) -> None: ...
 
 class PidsStats(_message.Message):
-    __slots__ = ("current", "limit")
+    __slots__ = ("current", "limit", "failures")
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
     current: int
     limit: int
-    def __init__(self, current: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+    failures: int
+    def __init__(self, current: _Optional[int] = ..., limit: _Optional[int] = ..., failures: _Optional[int] = ...) -> None: ...
 
 class IoStats(_message.Message):
     __slots__ = ("major", "minor", "read_bytes", "write_bytes", "reads", "writes")

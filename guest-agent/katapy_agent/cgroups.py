@@ -63,10 +63,11 @@ class MemoryStats:
 
 @dataclass(frozen=True)
 class PidsStats:
-    """Number of tasks; a limit of 2^64-1 is none."""
+    """Number of tasks; a limit of 2^64-1 is none. ``failures`` is how often one was refused for the limit."""
 
     current: int
     limit: int
+    failures: int
 
 
 @dataclass(frozen=True)
@@ -394,7 +395,8 @@ class Cgroup:
         )
 
     def _pids_stats(self) -> PidsStats:
-        return PidsStats(self._number("pids.current"), self._number("pids.max", missing=NO_LIMIT))
+        failures = self._table("pids.events").get("max", 0)
+        return PidsStats(self._number("pids.current"), self._number("pids.max", missing=NO_LIMIT), failures)
 
     def _io(self) -> tuple[IoStats, ...]:
         found = []

@@ -407,7 +407,7 @@ def test_stats(tmp_path: Path) -> None:
     assert stats.memory == cgroups.MemoryStats(
         4096, cgroups.NO_LIMIT, 0, 0, {"anon": 1, "file": 2}, 3, 2, cgroups.NO_LIMIT
     )
-    assert stats.pids == cgroups.PidsStats(5, 64)
+    assert stats.pids == cgroups.PidsStats(5, 64, 0)
     assert stats.io == (cgroups.IoStats(254, 0, 1, 2, 3, 4), cgroups.IoStats(254, 1, 0, 0, 0, 0))
     assert stats.hugetlb == (cgroups.HugetlbStats("2MB", 0, cgroups.NO_LIMIT, 8),)
     assert cgroup.oom_kills() == 2

@@ -3,7 +3,8 @@
 Client side of the attach protocol, over a SOCK_SEQPACKET connection to the shim's attach.sock (server side:
 shim/attach.py). Every message is one datagram of JSON, at most DATAGRAM_MAX bytes, unknown keys refused:
 
-    client  {"attach": container, "exec": exec or ""}, which may come before the container is created
+    client  {"attach": container, "exec": exec or ""}, which may come before the container is created;
+            with "only": "streams" the client does not stand for the process, and engines see no pid
     shim    {"terminal": bool, "streams": [names]} with the connected stream sockets in that order (SCM_RIGHTS)
     client  {"signal": number} and {"resize": [columns, rows]}, any number of times
     shim    {"exit": 0..255}
@@ -91,14 +92,15 @@ class Attachment:
             stream.close()
 
 
-def announce(control: _socket.socket, container_id: str, exec_id: str) -> None:
+def announce(control: _socket.socket, container_id: str, exec_id: str, *, stand: bool = True) -> None:
     """Tell the shim, over a connection to attach.sock, that this process stands for a process of a container.
 
-    ``exec_id`` is "" for the container's init. The process may be one that is yet to be created.
+    ``exec_id`` is "" for the container's init. The process may be one that is yet to be created. Without ``stand``
+    this process wants its streams, and is nobody's stand-in.
     """
     # Whoever attaches is the stand-in, not whoever made the connection (SO_PEERCRED): the kernel vouches for the pid.
     own = b"".join(number.to_bytes(4, sys.byteorder) for number in (os.getpid(), os.getuid(), os.getgid()))
-    hello = json.dumps({"attach": container_id, "exec": exec_id}).encode()
+    hello = json.dumps({"attach": container_id, "exec": exec_id, **({} if stand else {"only": "streams"})}).encode()
     with contextlib.suppress(OSError):  # as in _send()
         control.sendmsg([hello], [(_socket.SOL_SOCKET, _socket.SCM_CREDENTIALS, own)])
 

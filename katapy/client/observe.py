@@ -41,6 +41,18 @@ class GuestProcess(NamedTuple):
     exec_id: str
 
 
+class Usage(NamedTuple):
+    """What a container has used, as its guest says: microseconds of CPU, bytes of memory at most.
+
+    ``oom_kills`` counts processes that were killed for want of memory, ``pid_failures`` those refused for their number.
+    """
+
+    cpu_usec: int
+    peak_bytes: int
+    oom_kills: int
+    pid_failures: int
+
+
 class ShimClient:
     """The shim's own service. Every method raises what the shim answered, or as TtrpcClient.call."""
 
@@ -62,6 +74,11 @@ class ShimClient:
         """List the processes of a container."""
         answer = self._call("Processes", pb.ProcessesRequest(id=id), pb.ProcessesResponse, _ANSWER_SECONDS)
         return [GuestProcess(each.pid, each.uid, each.command, each.exec_id) for each in answer.processes]
+
+    def usage(self, id: str) -> Usage:  # noqa: A002
+        """Return what a container has used so far; also when it has ended, until it is deleted."""
+        answer = self._call("Usage", pb.UsageRequest(id=id), pb.UsageResponse, _ANSWER_SECONDS)
+        return Usage(answer.cpu_usec, answer.peak_bytes, answer.oom_kills, answer.pid_failures)
 
     def timing(self) -> list[Phase]:
         """List the phases of the pod's start."""

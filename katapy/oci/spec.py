@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 from katapy.errors import Internal, Unsupported
 from katapy.jsonfile import dump, parse, shown
 from katapy.oci.hooks import Hooks, parse_hooks
+from katapy.oci.layer import LayerLimits, parse_layer
 from katapy.oci.linux import (
     Device,
     IdMapping,
@@ -136,6 +137,7 @@ class Spec:
     hooks: Hooks
     annotations: dict[str, str]
     pod_resources: PodResources
+    layer: LayerLimits | None
     linux: Linux
     _document: dict[str, Any] = field(repr=False)
 
@@ -245,6 +247,7 @@ def parse_spec(data: bytes, *, bundle: str, what: str = "config.json") -> Spec:
         hooks=node.get("hooks", parse_hooks, Hooks()),
         annotations=annotations,
         pod_resources=parse_pod_resources(node.child("annotations"), annotations) if annotations else PodResources(),
+        layer=parse_layer(node.child("annotations"), annotations),
         linux=_linux(node.child("linux")),
         _document=node.members(),
     )

@@ -26,7 +26,7 @@ from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nshim.proto\x12\x0ekatapy.shim.v1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\" \n\x12WaitResumedRequest\x12\n\n\x02id\x18\x01 \x01(\t\"?\n\x10NextEventRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04ooms\x18\x02 \x01(\x04\x12\x11\n\twait_nano\x18\x03 \x01(\x04\"0\n\x11NextEventResponse\x12\x0c\n\x04ooms\x18\x01 \x01(\x04\x12\r\n\x05\x65nded\x18\x02 \x01(\x08\"\x1e\n\x10ProcessesRequest\x12\n\n\x02id\x18\x01 \x01(\t\"?\n\x11ProcessesResponse\x12*\n\tprocesses\x18\x01 \x03(\x0b\x32\x17.katapy.shim.v1.Process\"E\n\x07Process\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0b\n\x03uid\x18\x02 \x01(\r\x12\x0f\n\x07\x63ommand\x18\x03 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x04 \x01(\t\"7\n\x0eTimingResponse\x12%\n\x06phases\x18\x01 \x03(\x0b\x32\x15.katapy.shim.v1.Phase\"1\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x01\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x01\"\x92\x02\n\x0bRuntimeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x07version\x18\x02 \x01(\x0b\x32\x1e.katapy.shim.v1.RuntimeVersion\x12%\n\x07options\x18\x03 \x01(\x0b\x32\x14.google.protobuf.Any\x12&\n\x08\x66\x65\x61tures\x18\x04 \x01(\x0b\x32\x14.google.protobuf.Any\x12\x41\n\x0b\x61nnotations\x18\x05 \x03(\x0b\x32,.katapy.shim.v1.RuntimeInfo.AnnotationsEntry\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"3\n\x0eRuntimeVersion\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t2\xb7\x02\n\x04Shim\x12I\n\x0bWaitResumed\x12\".katapy.shim.v1.WaitResumedRequest\x1a\x16.google.protobuf.Empty\x12P\n\tNextEvent\x12 .katapy.shim.v1.NextEventRequest\x1a!.katapy.shim.v1.NextEventResponse\x12P\n\tProcesses\x12 .katapy.shim.v1.ProcessesRequest\x1a!.katapy.shim.v1.ProcessesResponse\x12@\n\x06Timing\x12\x16.google.protobuf.Empty\x1a\x1e.katapy.shim.v1.TimingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nshim.proto\x12\x0ekatapy.shim.v1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\" \n\x12WaitResumedRequest\x12\n\n\x02id\x18\x01 \x01(\t\"?\n\x10NextEventRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04ooms\x18\x02 \x01(\x04\x12\x11\n\twait_nano\x18\x03 \x01(\x04\"0\n\x11NextEventResponse\x12\x0c\n\x04ooms\x18\x01 \x01(\x04\x12\r\n\x05\x65nded\x18\x02 \x01(\x08\"\x1e\n\x10ProcessesRequest\x12\n\n\x02id\x18\x01 \x01(\t\"?\n\x11ProcessesResponse\x12*\n\tprocesses\x18\x01 \x03(\x0b\x32\x17.katapy.shim.v1.Process\"E\n\x07Process\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0b\n\x03uid\x18\x02 \x01(\r\x12\x0f\n\x07\x63ommand\x18\x03 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x04 \x01(\t\"\x1a\n\x0cUsageRequest\x12\n\n\x02id\x18\x01 \x01(\t\"^\n\rUsageResponse\x12\x10\n\x08\x63pu_usec\x18\x01 \x01(\x04\x12\x12\n\npeak_bytes\x18\x02 \x01(\x04\x12\x11\n\toom_kills\x18\x03 \x01(\x04\x12\x14\n\x0cpid_failures\x18\x04 \x01(\x04\"7\n\x0eTimingResponse\x12%\n\x06phases\x18\x01 \x03(\x0b\x32\x15.katapy.shim.v1.Phase\"1\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x01\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x01\"\x92\x02\n\x0bRuntimeInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x07version\x18\x02 \x01(\x0b\x32\x1e.katapy.shim.v1.RuntimeVersion\x12%\n\x07options\x18\x03 \x01(\x0b\x32\x14.google.protobuf.Any\x12&\n\x08\x66\x65\x61tures\x18\x04 \x01(\x0b\x32\x14.google.protobuf.Any\x12\x41\n\x0b\x61nnotations\x18\x05 \x03(\x0b\x32,.katapy.shim.v1.RuntimeInfo.AnnotationsEntry\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"3\n\x0eRuntimeVersion\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t2\xfd\x02\n\x04Shim\x12I\n\x0bWaitResumed\x12\".katapy.shim.v1.WaitResumedRequest\x1a\x16.google.protobuf.Empty\x12P\n\tNextEvent\x12 .katapy.shim.v1.NextEventRequest\x1a!.katapy.shim.v1.NextEventResponse\x12P\n\tProcesses\x12 .katapy.shim.v1.ProcessesRequest\x1a!.katapy.shim.v1.ProcessesResponse\x12\x44\n\x05Usage\x12\x1c.katapy.shim.v1.UsageRequest\x1a\x1d.katapy.shim.v1.UsageResponse\x12@\n\x06Timing\x12\x16.google.protobuf.Empty\x1a\x1e.katapy.shim.v1.TimingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,16 +47,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROCESSESRESPONSE']._serialized_end=330
   _globals['_PROCESS']._serialized_start=332
   _globals['_PROCESS']._serialized_end=401
-  _globals['_TIMINGRESPONSE']._serialized_start=403
-  _globals['_TIMINGRESPONSE']._serialized_end=458
-  _globals['_PHASE']._serialized_start=460
-  _globals['_PHASE']._serialized_end=509
-  _globals['_RUNTIMEINFO']._serialized_start=512
-  _globals['_RUNTIMEINFO']._serialized_end=786
-  _globals['_RUNTIMEINFO_ANNOTATIONSENTRY']._serialized_start=736
-  _globals['_RUNTIMEINFO_ANNOTATIONSENTRY']._serialized_end=786
-  _globals['_RUNTIMEVERSION']._serialized_start=788
-  _globals['_RUNTIMEVERSION']._serialized_end=839
-  _globals['_SHIM']._serialized_start=842
-  _globals['_SHIM']._serialized_end=1153
+  _globals['_USAGEREQUEST']._serialized_start=403
+  _globals['_USAGEREQUEST']._serialized_end=429
+  _globals['_USAGERESPONSE']._serialized_start=431
+  _globals['_USAGERESPONSE']._serialized_end=525
+  _globals['_TIMINGRESPONSE']._serialized_start=527
+  _globals['_TIMINGRESPONSE']._serialized_end=582
+  _globals['_PHASE']._serialized_start=584
+  _globals['_PHASE']._serialized_end=633
+  _globals['_RUNTIMEINFO']._serialized_start=636
+  _globals['_RUNTIMEINFO']._serialized_end=910
+  _globals['_RUNTIMEINFO_ANNOTATIONSENTRY']._serialized_start=860
+  _globals['_RUNTIMEINFO_ANNOTATIONSENTRY']._serialized_end=910
+  _globals['_RUNTIMEVERSION']._serialized_start=912
+  _globals['_RUNTIMEVERSION']._serialized_end=963
+  _globals['_SHIM']._serialized_start=966
+  _globals['_SHIM']._serialized_end=1347
 # @@protoc_insertion_point(module_scope)

@@ -56,6 +56,24 @@ class Process(_message.Message):
     exec_id: str
     def __init__(self, pid: _Optional[int] = ..., uid: _Optional[int] = ..., command: _Optional[str] = ..., exec_id: _Optional[str] = ...) -> None: ...
 
+class UsageRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class UsageResponse(_message.Message):
+    __slots__ = ("cpu_usec", "peak_bytes", "oom_kills", "pid_failures")
+    CPU_USEC_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OOM_KILLS_FIELD_NUMBER: _ClassVar[int]
+    PID_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    cpu_usec: int
+    peak_bytes: int
+    oom_kills: int
+    pid_failures: int
+    def __init__(self, cpu_usec: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., oom_kills: _Optional[int] = ..., pid_failures: _Optional[int] = ...) -> None: ...
+
 class TimingResponse(_message.Message):
     __slots__ = ("phases",)
     PHASES_FIELD_NUMBER: _ClassVar[int]

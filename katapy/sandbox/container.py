@@ -15,7 +15,8 @@ from katapy.sandbox.record import Record
 
 @dataclass(eq=False)
 class Container:
-    """A container of the pod. ``binds`` names what is shared with its guest; ``exec_specs`` are JSON, by exec id.
+    """A container of the pod. ``rootfs`` is its root file system, with its writable layer where it has one, ``binds``
+    names what is shared with its guest; ``exec_specs`` are JSON, by exec id.
 
     ``resources`` are its limits now, as plain JSON, ``ooms`` says how often its memory has run out, and ``killed`` that
     it was sent SIGKILL.
@@ -29,12 +30,14 @@ class Container:
     exec_specs: dict[str, bytes] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     cgroup: HostCgroup | None = None
+    rootfs: str = field(init=False)
     resources: dict[str, Any] = field(init=False)
     ooms: int = 0
     killed: bool = False
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self.rootfs = self.bundle.rootfs
         self.resources = self.bundle.spec.resources
 
     @property

@@ -37,7 +37,9 @@ def boot_limits(spec: Spec, *, vcpus: int, memory_bytes: int, emulated: bool, la
     is limited nowhere else. CPU time comes later (``run_limits``): a boot that is throttled helps nobody.
     """
     resources = spec.linux.resources
-    limits = HostLimits(memory_bytes=pod_memory(memory_bytes, emulated=emulated), pids=_THREADS + vcpus)
+    # What is in a writable layer is memory of the host's.
+    layer = 0 if spec.layer is None else spec.layer.size_bytes
+    limits = HostLimits(memory_bytes=pod_memory(memory_bytes, emulated=emulated) + layer, pids=_THREADS + vcpus)
     if resources is not None and resources.cpu is not None:
         limits = replace(limits, cpuset_cpus=resources.cpu.cpus, cpuset_mems=resources.cpu.mems)
     return _possible(_with_block_io(limits, resources), layout)

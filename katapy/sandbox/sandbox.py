@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from katapy.agent.stdio import open_streams
 from katapy.config import Config
 from katapy.errors import AlreadyExists, InvalidState, KatapyError, NotFound, Unavailable
 from katapy.oci.bundle import load_bundle
+from katapy.oci.layer import LayerLimits
 from katapy.oci.linux import Resources
 from katapy.oci.update import parse_change
 from katapy.proto import agent_pb2
@@ -35,6 +37,7 @@ from katapy.sandbox.share import Shared, share
 from katapy.sandbox.signals import Signals
 from katapy.sandbox.sizing import Size, check_fits, vm_size
 from katapy.state import Status
+from katapy.storage.layer import DIRECTORY, WritableLayer
 from katapy.storage.shared_dir import TAG
 from katapy.timing import phase
 
@@ -65,6 +68,8 @@ class Sandbox:
         self._creating: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._containers: dict[str, Container] = {}
+        self._layering = threading.Lock()
+        self._layers: dict[str, WritableLayer] = {}  # by the root file system below
         self._signals = Signals(sandbox_id, self._containers)
         self._stack = AsyncExitStack()
         self._machine: Machine | None = None
@@ -123,6 +128,8 @@ class Sandbox:
         try:
             async with self._added:
                 self._added.notify_all()
+            if bundle.spec.layer is not None:
+                container.rootfs = await asyncio.to_thread(self._layered, bundle.rootfs, bundle.spec.layer)
             machine = await self._prepare(container, stand_in)
             with phase("share files"):
                 shared = await asyncio.to_thread(share, machine.parts.tree, container)
@@ -140,6 +147,15 @@ class Sandbox:
         log.debug("%s: created", container_id)
         container.record.created(bundle.spec.process.to_guest(), machine.parts.acceleration.kind.value)
         return process
+
+    def _layered(self, rootfs: str, limits: LayerLimits) -> str:
+        """Return a root file system with its writable layer, which the pod's containers share. Raises Unavailable."""
+        with self._layering:
+            if rootfs not in self._layers:
+                directory = self.directory / DIRECTORY / str(len(self._layers))
+                layer = self._layers[rootfs] = WritableLayer(directory, rootfs, limits)
+                self._stack.callback(layer.close)
+            return str(self._layers[rootfs].path)
 
     async def _prepare(self, container: Container, stand_in: StartStandIn | None) -> Machine:
         """Boot the VM, and meanwhile do what the host has to do for a container."""

@@ -27,7 +27,7 @@ def share(tree: SharedTree, container: Container) -> Shared:
         container.binds.append(name)
         return tree.add(container.id, bind)
 
-    root = add("rootfs", container.bundle.rootfs, read_only=spec.root.read_only, recursive=True)
+    root = add("rootfs", container.rootfs, read_only=spec.root.read_only, recursive=True)
     sources: dict[int, str] = {}
     memory: dict[str, SharedMemory] = {}
     for bind in spec.bind_mounts:

@@ -38,7 +38,10 @@ class AttachHandler(Protocol):
     """What the server asks of a sandbox. ``exec_id`` is "" for init. Each may raise a KatapyError."""
 
     async def attach(self, container_id: str, exec_id: str, pid: int) -> Attached:
-        """Give the streams of a process to the host process ``pid``; may wait for the process to be created."""
+        """Give the streams of a process to the host process ``pid`` that stands for it, 0 where none does.
+
+        May wait for the process to be created.
+        """
 
     async def signal(self, container_id: str, exec_id: str, number: int) -> None:
         """Send a signal."""
@@ -91,6 +94,8 @@ class _Session:
         match message:
             case {"attach": str(container_id), "exec": str(exec_id)} if len(message) == 2:
                 self._process = container_id, exec_id
+            case {"attach": str(container_id), "exec": str(exec_id), "only": "streams"} if len(message) == 3:
+                self._process, pid = (container_id, exec_id), 0
             case _:
                 raise InvalidArgument("attach: the first message is none")
         self._sock = sock

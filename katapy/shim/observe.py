@@ -31,6 +31,16 @@ class ShimService:
         ooms, ended = await self._sandbox.next_event(request.id, request.ooms, request.wait_nano / 1e9)
         return pb.NextEventResponse(ooms=ooms, ended=ended)
 
+    async def usage(self, request: pb.UsageRequest) -> pb.UsageResponse:
+        """Say what a container has used."""
+        stats = await self._sandbox.stats(request.id)
+        return pb.UsageResponse(
+            cpu_usec=stats.cpu.usage_usec,
+            peak_bytes=stats.memory.peak_bytes,
+            oom_kills=stats.memory.oom_kills,
+            pid_failures=stats.pids.failures,
+        )
+
     async def processes(self, request: pb.ProcessesRequest) -> pb.ProcessesResponse:
         """List the processes of a container."""
         return pb.ProcessesResponse(
