@@ -15,7 +15,7 @@ export PYTHON
 HELLO := examples/hello
 PROGRAMS := /usr/bin/qemu-system-x86_64 /usr/lib/qemu/virtiofsd /usr/bin/mmdebstrap /usr/bin/mkfs.erofs /bin/busybox
 INSTALLED := katapy containerd-shim-katapy-v2
-RECIPE := $(filter-out %/__pycache__,$(wildcard images/* guest-agent/init guest-agent/katapy_agent/*.py))
+RECIPE := $(filter-out %/__pycache__,$(wildcard images/* default-root/* guest-agent/init guest-agent/katapy_agent/*.py))
 
 # A stamp is of no use where what it stands for has gone, or is another now: then FORCE does the work again.
 gone = $(if $(strip $(wildcard $(1))),,FORCE)
@@ -32,7 +32,7 @@ rebooted := $(if $(findstring HOST_KERNEL=$(file </proc/sys/kernel/osrelease)",$
 run: setup $(HELLO)/config.json ## set up, then run examples/hello in a virtual machine
 	@$(BIN)/katapy run --bundle $(HELLO) hello
 
-setup: build/packages .venv/installed build/image ## packages, virtual environment, guest image and kernel
+setup: build/packages .venv/installed build/image ## packages, virtual environment, guest image and kernel, default root
 
 build/packages: scripts/setup $(foreach program,$(PROGRAMS),$(call gone,$(program)))
 	@scripts/setup packages
@@ -42,7 +42,7 @@ build/packages: scripts/setup $(foreach program,$(PROGRAMS),$(call gone,$(progra
 	@scripts/setup venv
 	@touch $@
 
-build/image: .venv/installed $(RECIPE) $(removed) $(foreach asset,image kernel,$(call gone,$(DATA_DIR)/$(asset)/*/$(asset).json))
+build/image: .venv/installed $(RECIPE) $(removed) $(foreach asset,image kernel root,$(call gone,$(DATA_DIR)/$(asset)/*/$(asset).json))
 	@$(BIN)/katapy image build
 	@echo $(RECIPE) > $@
 
@@ -69,7 +69,7 @@ bench: setup ## measure, and write docs/performance.md; BENCH='--quick --only st
 lint: .venv/installed ## ruff, mypy --strict, the layers
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
-	@for code in 'katapy guest-agent/katapy_agent' images guest-kernel bench scripts guest-agent/tests tests/conftest.py $(wildcard tests/*/); do \
+	@for code in 'katapy guest-agent/katapy_agent' images default-root guest-kernel bench scripts guest-agent/tests tests/conftest.py $(wildcard tests/*/); do \
 		$(BIN)/mypy --no-error-summary $$code || exit 1; done
 	@PYTHONPATH=guest-agent $(BIN)/lint-imports --no-logo
 
@@ -82,7 +82,7 @@ proto: .venv/installed ## generate the messages from the .proto files
 		$(PROTOC) --proto_path=guest-agent/proto --python_out=$$package --pyi_out=$$package agent.proto || exit 1; done
 	@$(PROTOC) --proto_path=katapy/proto --python_out=katapy/proto --pyi_out=katapy/proto $(notdir $(wildcard katapy/proto/*.proto))
 
-image: build/image ## the guest image and Debian's kernel, in /var/lib/katapy
+image: build/image ## the guest image, Debian's kernel and the default root, in /var/lib/katapy
 
 node-image: ## the container image that installs katapy on the nodes of Kubernetes; with buildah; NODE_IMAGE=name
 	buildah build --file deploy/Containerfile --tag "$(NODE_IMAGE)" .

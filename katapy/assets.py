@@ -2,10 +2,12 @@
 
     image/<digest>/root.erofs, image.json                     digest: SHA-256 of root.erofs
     kernel/<version>/vmlinuz or vmlinux, [initramfs.cpio], kernel.json
+    root/<digest>/rootfs/, root.json                          sandboxes' default root; digest: of all in it
     cache/<recipe>/                                           downloads of builds
 
 An asset is its directory: it gets its name by one rename when it is complete, so that a crash leaves nothing
 half-made. Only the holder of the lock adds or removes. A running VM has its image open: removing it does not hurt it.
+Who uses a root holds it (``hold_root``), and it is not removed.
 How images and kernels are made is another matter (``image_build``, guest-kernel/).
 """
 
@@ -17,12 +19,13 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from katapy import held
 from katapy.errors import InvalidArgument, KatapyError, NotFound, Unavailable
 from katapy.jsonfile import dump, parse, read, shown
 from katapy.tree import empty_directory
@@ -35,13 +38,16 @@ _INITRAMFS: Final = "initramfs.cpio"
 _KERNELS: Final = ("vmlinux", "vmlinuz")
 _IMAGE_JSON: Final = "image.json"
 _KERNEL_JSON: Final = "kernel.json"
+_ROOT_JSON: Final = "root.json"
+_ROOTFS: Final = "rootfs"
+_PYTHON: Final = "usr/bin/python3"
 _FACTS: Final = "facts.json"
 _STAGING: Final = ".build-"
 _PREFIX: Final = re.compile(r"[0-9a-f]{4,64}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _BUILD: Final = "run: katapy image build"
 
-_Asset = TypeVar("_Asset", "Image", "Kernel")
+_Asset = TypeVar("_Asset", "Image", "Kernel", "Root")
 
 
 class KernelKind(StrEnum):
@@ -77,6 +83,21 @@ class Kernel:
     initramfs: Path | None
     created: float
     inputs: str
+
+
+@dataclass(frozen=True)
+class Root:
+    """The root file system of a sandbox that is given none: the directory ``path``."""
+
+    digest: str
+    path: Path
+    created: float
+    inputs: str
+
+    @property
+    def short_digest(self) -> str:
+        """The digest as people are shown it."""
+        return self.digest[:12]
 
 
 def find_image(data_dir: Path, choice: str = "auto") -> Image:
@@ -116,6 +137,30 @@ def find_kernel(data_dir: Path, choice: str = "auto") -> Kernel:
     return found[0]
 
 
+def find_root(data_dir: Path) -> Root:
+    """Return the newest default root. Raises NotFound when there is none, Unavailable when one is damaged."""
+    roots, errors = list_roots(data_dir)
+    if errors:
+        raise errors[0]
+    if not roots:
+        raise NotFound(f"no default root in {data_dir}; {_BUILD}")
+    return roots[0]
+
+
+@contextmanager
+def hold_root(data_dir: Path) -> Iterator[Root]:
+    """Give the newest default root, which is not removed meanwhile. Raises as ``find_root`` does."""
+    while True:
+        root = find_root(data_dir)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(held.hold(root.path.parent))
+            except NotFound:  # a newer one has taken its place
+                continue
+            yield root
+            return
+
+
 def list_images(data_dir: Path) -> tuple[list[Image], list[KatapyError]]:
     """Return the intact images, newest first, and what is wrong with the others."""
     return _load_all(data_dir / "image", _load_image)
@@ -124,6 +169,11 @@ def list_images(data_dir: Path) -> tuple[list[Image], list[KatapyError]]:
 def list_kernels(data_dir: Path) -> tuple[list[Kernel], list[KatapyError]]:
     """Return the intact kernels, newest first, and what is wrong with the others."""
     return _load_all(data_dir / "kernel", _load_kernel)
+
+
+def list_roots(data_dir: Path) -> tuple[list[Root], list[KatapyError]]:
+    """Return the intact default roots, newest first, and what is wrong with the others."""
+    return _load_all(data_dir / "root", _load_root)
 
 
 def remove_image(data_dir: Path, prefix: str) -> str:
@@ -138,14 +188,29 @@ def remove_image(data_dir: Path, prefix: str) -> str:
 
 
 def remove_all(data_dir: Path) -> list[str]:
-    """Remove all images and kernels, damaged or not, and what their builds downloaded. Returns their names."""
+    """Remove all images, kernels and default roots, damaged or not, and what their builds downloaded.
+
+    A root that is in use stays. Returns the names of what was removed.
+    """
     with lock(data_dir):
         if (data_dir / "cache").is_dir():
             _remove(data_dir / "cache")
         found = [*_directories(data_dir / "image"), *_directories(data_dir / "kernel")]
         for directory in found:
             _discard(data_dir, directory)
-        return [directory.name for directory in found]
+        return [*(directory.name for directory in found), *remove_roots(data_dir)]
+
+
+def remove_roots(data_dir: Path, *, keep: Root | None = None) -> list[str]:
+    """Remove the default roots that nobody uses, but ``keep``, and return their names. Call with the lock."""
+    removed = []
+    for directory in _directories(data_dir / "root"):
+        if keep is None or directory.name != keep.digest:
+            with held.claim(directory) as free:
+                if free:
+                    _discard(data_dir, directory)
+                    removed.append(directory.name)
+    return removed
 
 
 @contextmanager
@@ -220,6 +285,56 @@ def install_kernel(data_dir: Path, built: Path, *, kind: KernelKind, inputs: str
     place = data_dir / "kernel" / version
     _install(data_dir, built, place, _KERNEL_JSON, inputs=inputs, kind=kind)
     return _load_kernel(place)
+
+
+def install_root(data_dir: Path, built: Path, *, inputs: str) -> Root:
+    """Give the finished default root in the directory ``built`` its place. Call with the lock. Raises Unavailable.
+
+    Where the same tree is there already it stays, since it may be in use, and only its description is new.
+    """
+    place = data_dir / "root" / _tree_digest(built / _ROOTFS)
+    try:
+        facts = {"schema": _SCHEMA, "created": time.time(), "inputs": inputs, "files": {}, **_read(built / _FACTS)}
+        (built / _FACTS).unlink()
+        if (place / _ROOTFS).is_dir() and _tree_digest(place / _ROOTFS) == place.name:
+            _write_json(place / _ROOT_JSON, facts)
+        else:
+            _write_json(built / _ROOT_JSON, facts)
+            built.chmod(0o755)
+            os.sync()  # some thousand files
+            place.parent.mkdir(exist_ok=True, mode=0o755)
+            if place.exists():
+                _discard(data_dir, place)
+            built.rename(place)
+        _sync(place.parent)
+    except OSError as error:
+        raise Unavailable(f"cannot install {place}: {_reason(error)}") from error
+    return _load_root(place)
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    new = path.with_suffix(".new")
+    new.write_bytes(dump(document))
+    new.chmod(0o644)
+    _sync(new)
+    new.rename(path)
+
+
+def _tree_digest(root: Path) -> str:
+    """Return a digest of a tree: names, types, modes, owners and contents, whatever the times."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path in (root, *sorted(root.rglob("*"))):
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            content = os.fsencode(path.readlink())
+        else:
+            content = path.read_bytes() if stat.S_ISREG(status.st_mode) else b""
+        facts = b"%o %d %d %d" % (status.st_mode, status.st_uid, status.st_gid, len(content))
+        digest.update(b"%s\0%s\0" % (os.fsencode(path.relative_to(root)), facts))
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _install(data_dir: Path, built: Path, place: Path, name: str, **facts: object) -> None:
@@ -301,6 +416,19 @@ def _load_kernel(directory: Path) -> Kernel:
             kind=KernelKind(document["kind"]),
             kernel=directory / next(name for name in _KERNELS if name in sizes),
             initramfs=directory / _INITRAMFS if _INITRAMFS in sizes else None,
+            created=float(document["created"]),
+            inputs=str(document["inputs"]),
+        )
+
+
+def _load_root(directory: Path) -> Root:
+    with _damage("root", directory):
+        document, _ = _load(directory, _ROOT_JSON)
+        if not (directory / _ROOTFS / _PYTHON).exists():
+            raise Unavailable(f"{_ROOTFS}/{_PYTHON} is missing")
+        return Root(
+            digest=directory.name,
+            path=directory / _ROOTFS,
             created=float(document["created"]),
             inputs=str(document["inputs"]),
         )

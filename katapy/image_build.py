@@ -1,4 +1,5 @@
-"""Builds the guest image and Debian's kernel by running images/build.py, and installs what comes out.
+"""Builds what VMs need: the guest image and Debian's kernel by images/build.py, the default root of sandboxes by
+default-root/default_root.py. Installs what comes out.
 
 Knows where the sources are and whether something has to be built; how it is built is the recipe's business.
 """
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from katapy import assets, run
-from katapy.assets import Image, Kernel, KernelKind
+from katapy.assets import Image, Kernel, KernelKind, Root
 from katapy.errors import NotFound, Unavailable
 
-_Asset = TypeVar("_Asset", Image, Kernel)
+_Asset = TypeVar("_Asset", Image, Kernel, Root)
 
 _RECIPE: Final = "images/build.py"
+_ROOT_RECIPE: Final = "default-root/default_root.py"
 _GRACE: Final = 5.0
 
 
@@ -38,29 +40,45 @@ def find_sources() -> Path:
 
 def build(
     data_dir: Path, sources: Path, *, force: bool = False, waiting: Callable[[], None] = lambda: None
-) -> tuple[Image, Kernel]:
-    """Build and install the image and Debian's kernel where their inputs have changed, or both with ``force``.
+) -> tuple[Image, Kernel, Root]:
+    """Build and install the image, Debian's kernel and the default root where their inputs have changed.
 
-    The recipe prints what it does on stderr. ``waiting`` is called when another build is going on.
-    Raises Unavailable when the build fails; what was there is still there then.
+    With ``force`` all three. The recipes print what they do on stderr. ``waiting`` is called when another build is
+    going on. Raises Unavailable when a build fails; what was there is still there then.
     """
+    with assets.lock(data_dir, waiting):
+        image, kernel = _build_guest(data_dir, sources, force=force)
+        return image, kernel, _build_root(data_dir, sources, force=force)
+
+
+def _build_guest(data_dir: Path, sources: Path, *, force: bool) -> tuple[Image, Kernel]:
     recipe = _hash(sources, "images")
     image_inputs = _hash(sources, "images", "guest-agent/init", "guest-agent/katapy_agent")
-    with assets.lock(data_dir, waiting):
-        kernels = [one for one in assets.list_kernels(data_dir)[0] if one.kind is KernelKind.DEBIAN]
-        image = None if force else _newest_of(assets.list_images(data_dir)[0], image_inputs)
-        kernel = None if force else _newest_of(kernels, recipe)
-        if image is not None and kernel is not None:
-            return image, kernel
-        cache = _cache(data_dir, recipe, force=force)
-        parts = [*(["image"] if image is None else []), *(["kernel"] if kernel is None else [])]
-        with assets.staging(data_dir) as directory:
-            _run_recipe(sources / _RECIPE, directory, cache, parts)
-            kernel = kernel or assets.install_kernel(
-                data_dir, directory / "kernel", kind=KernelKind.DEBIAN, inputs=recipe
-            )
-            image = image or assets.install_image(data_dir, directory / "image", inputs=image_inputs)
+    kernels = [one for one in assets.list_kernels(data_dir)[0] if one.kind is KernelKind.DEBIAN]
+    image = None if force else _newest_of(assets.list_images(data_dir)[0], image_inputs)
+    kernel = None if force else _newest_of(kernels, recipe)
+    if image is not None and kernel is not None:
         return image, kernel
+    cache = _cache(data_dir, recipe, force=force)
+    parts = [*(["image"] if image is None else []), *(["kernel"] if kernel is None else [])]
+    with assets.staging(data_dir) as directory:
+        _run_recipe(f"the guest's {' and '.join(parts)}", sources / _RECIPE, directory, cache, parts)
+        kernel = kernel or assets.install_kernel(data_dir, directory / "kernel", kind=KernelKind.DEBIAN, inputs=recipe)
+        image = image or assets.install_image(data_dir, directory / "image", inputs=image_inputs)
+    return image, kernel
+
+
+def _build_root(data_dir: Path, sources: Path, *, force: bool) -> Root:
+    """Build the default root after the image, whose packages are in the cache; older ones go unless they are in use."""
+    inputs = _hash(sources, "images", "default-root")
+    root = None if force else _newest_of(assets.list_roots(data_dir)[0], inputs)
+    if root is None:
+        cache = _cache(data_dir, _hash(sources, "images"), force=False)
+        with assets.staging(data_dir) as directory:
+            _run_recipe("the default root", sources / _ROOT_RECIPE, directory, cache, [])
+            root = assets.install_root(data_dir, directory / "root", inputs=inputs)
+    assets.remove_roots(data_dir, keep=root)
+    return root
 
 
 def _cache(data_dir: Path, inputs: str, *, force: bool) -> Path:
@@ -78,13 +96,13 @@ def _newest_of(found: list[_Asset], inputs: str) -> _Asset | None:
     return found[0] if found and found[0].inputs == inputs else None
 
 
-def _run_recipe(recipe: Path, directory: Path, cache: Path, parts: list[str]) -> None:
+def _run_recipe(what: str, recipe: Path, directory: Path, cache: Path, parts: list[str]) -> None:
     # The caller's environment: it may say how the network is reached. The recipe passes on what it needs.
     argv = [sys.executable, str(recipe), str(directory), str(cache), *parts]
     process = run.start(argv, name="image build", stderr=2, env={**os.environ, **run.ENVIRONMENT})
     status = asyncio.run(_wait(process))
     if status != 0:
-        raise Unavailable(f"cannot build the guest's {' and '.join(parts)}: {recipe.name} ended with status {status}")
+        raise Unavailable(f"cannot build {what}: {recipe.name} ended with status {status}")
 
 
 async def _wait(process: run.Process) -> int:

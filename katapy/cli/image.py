@@ -1,4 +1,4 @@
-"""`katapy image`: the guest image and kernel that virtual machines boot."""
+"""`katapy image`: the guest image and kernel that virtual machines boot, and the default root of sandboxes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def image() -> None:
 @image.command("build")
 @click.option("--force", is_flag=True, help="Build although nothing has changed: take up Debian's updates.")
 def build(force: bool) -> None:
-    """Build the guest image, and take the kernel from Debian's package.
+    """Build the guest image and the default root of sandboxes, and take the kernel from Debian's package.
 
-    Does nothing when both were built from the same recipe and agent.
+    Does nothing when all were built from the same recipes and agent.
 
     \b
     Examples:
@@ -35,13 +35,15 @@ def build(force: bool) -> None:
     from katapy.image_build import find_sources
 
     require_root("build a guest image")
-    built, kernel = build_image(
+    built, kernel, root = build_image(
         _data_dir(),
         find_sources(),
         force=force,
         waiting=lambda: click.echo("waiting for another katapy image build", err=True),
     )
-    click.echo(f"image {built.short_digest} {size(built.size_bytes)}, kernel {kernel.version}")
+    click.echo(
+        f"image {built.short_digest} {size(built.size_bytes)}, kernel {kernel.version}, root {root.short_digest}"
+    )
 
 
 @image.command("ls")
@@ -56,12 +58,12 @@ def list_assets(style: str) -> None:
     """
     images, image_errors = assets.list_images(_data_dir())
     kernels, kernel_errors = assets.list_kernels(_data_dir())
-    for error in (*image_errors, *kernel_errors):
+    roots, root_errors = assets.list_roots(_data_dir())
+    for error in (*image_errors, *kernel_errors, *root_errors):
         click.echo(f"katapy: {error}", err=True)
     if style == "json":
-        click.echo(
-            json.dumps({"images": [_image_json(one) for one in images], "kernels": [*map(_kernel_json, kernels)]})
-        )
+        shown = {"images": [*map(_image_json, images)], "kernels": [*map(_kernel_json, kernels)]}
+        click.echo(json.dumps({**shown, "roots": [*map(_root_json, roots)]}))
         return
     try:
         kernel = assets.find_kernel(_data_dir()).version
@@ -73,9 +75,11 @@ def list_assets(style: str) -> None:
 
 @image.command("rm")
 @click.argument("digests", metavar="DIGEST...", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="Remove all images, and all kernels with them.")
+@click.option("--all", "everything", is_flag=True, help="Remove all images, kernels and default roots.")
 def remove(digests: tuple[str, ...], everything: bool) -> None:
     """Remove guest images by the first digits of their digests. Virtual machines that run are not affected.
+
+    A default root that a sandbox uses stays.
 
     \b
     Examples:
@@ -104,3 +108,7 @@ def _image_json(one: assets.Image) -> dict[str, Any]:
 
 def _kernel_json(one: assets.Kernel) -> dict[str, Any]:
     return {"version": one.version, "kind": one.kind, "path": str(one.kernel), "created": utc(one.created)}
+
+
+def _root_json(one: assets.Root) -> dict[str, Any]:
+    return {"digest": one.digest, "path": str(one.path), "created": utc(one.created)}

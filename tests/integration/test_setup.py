@@ -94,10 +94,10 @@ def project(host: Host) -> Host:
     _write_program(host.checkout / "scripts/setup", SETUP)
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(SOURCE / name, host.checkout)
-    for name in ("images", "guest-agent", "examples"):
+    for name in ("images", "default-root", "guest-agent", "examples"):
         made = shutil.ignore_patterns("__pycache__", "rootfs", "config.json")
         shutil.copytree(SOURCE / name, host.checkout / name, ignore=made)
-    for asset in ("image", "kernel"):
+    for asset in ("image", "kernel", "root"):
         (host.checkout / "data" / asset / "1").mkdir(parents=True)
         (host.checkout / "data" / asset / f"1/{asset}.json").touch()
     _make(host, "run")
@@ -181,7 +181,9 @@ def test_make_notices_that_the_checkout_was_moved(project: Host) -> None:
     assert _make(project, "setup") == "make: Nothing to be done for 'setup'.\n"
 
 
-@pytest.mark.parametrize("name", ["guest-agent/katapy_agent/oom.py", "images/requirements.txt"])
+@pytest.mark.parametrize(
+    "name", ["guest-agent/katapy_agent/oom.py", "images/requirements.txt", "default-root/default_root.py"]
+)
 def test_the_image_is_built_again_without_a_file_that_was_removed(project: Host, name: str) -> None:
     """Only files that were there were compared with the image: it kept a module that was removed from the agent."""
     (project.checkout / name).unlink()
@@ -190,8 +192,15 @@ def test_the_image_is_built_again_without_a_file_that_was_removed(project: Host,
     assert _make(project, "setup") == "make: Nothing to be done for 'setup'.\n"
 
 
+@pytest.mark.parametrize("asset", ["image", "kernel", "root"])
+def test_what_was_removed_is_built_again(project: Host, asset: str) -> None:
+    shutil.rmtree(project.checkout / "data" / asset)
+    _make(project, "setup")
+    assert project.calls("setup") == ["image build"]
+
+
 def test_what_python_leaves_beside_the_sources_builds_no_image(project: Host) -> None:
-    for directory in ("images", "guest-agent/katapy_agent"):
+    for directory in ("images", "default-root", "guest-agent/katapy_agent"):
         (project.checkout / directory / "__pycache__").mkdir(exist_ok=True)
         (project.checkout / directory / "__pycache__/new.pyc").touch()
     assert _make(project, "setup") == "make: Nothing to be done for 'setup'.\n"

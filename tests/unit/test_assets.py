@@ -86,6 +86,7 @@ def test_what_is_missing_says_how_to_get_it(data: Path) -> None:
         (lambda: assets.find_image(data), "katapy image build"),
         (lambda: assets.find_image(data, "0000"), "katapy image ls"),
         (lambda: assets.find_kernel(data), "katapy image build"),
+        (lambda: assets.find_root(data), "katapy image build"),
         (lambda: assets.find_kernel(data, "tuned"), "make guest-kernel"),
         (lambda: assets.find_kernel(data, "9.9.9-none"), "9.9.9-none"),
     ):
@@ -191,3 +192,43 @@ def test_removing_takes_damaged_ones_too(data: Path) -> None:
     (data / "cache" / "abc").mkdir(parents=True)
     assert assets.remove_all(data) == [other.digest, "6.1.9-katapy"]
     assert sorted(path.name for path in data.rglob("*")) == ["image", "kernel", "lock"]
+
+
+def install_root(data: Path, content: str) -> assets.Root:
+    with assets.lock(data), assets.staging(data) as built:
+        program = built / "root/rootfs/usr/bin/python3"
+        program.parent.mkdir(parents=True)
+        program.write_text(content)
+        (built / "root/facts.json").write_text('{"packages": []}')
+        return assets.install_root(data, built / "root", inputs="r")
+
+
+def test_the_newest_root_is_used(data: Path) -> None:
+    old, new = install_root(data, "1"), install_root(data, "2")
+    assert old.digest != new.digest
+    assert assets.find_root(data) == new
+
+
+def test_a_roots_digest_is_that_of_all_that_matters(data: Path) -> None:
+    root = install_root(data, "1")
+    program = root.path / "usr/bin/python3"
+    for change in (
+        lambda: program.chmod(0o4755),
+        lambda: program.write_text("2"),
+        lambda: program.rename(program.with_name("python")),
+        lambda: (root.path / "empty").mkdir(),
+        lambda: (root.path / "link").symlink_to("python"),
+    ):
+        before = assets._tree_digest(root.path)
+        change()
+        assert assets._tree_digest(root.path) != before
+
+
+def test_a_root_that_is_used_is_not_removed(data: Path) -> None:
+    used, unused = install_root(data, "1"), install_root(data, "2")
+    _edit(used.path.with_name("root.json"), created=unused.created + 1)
+    with assets.hold_root(data) as held:
+        assert held.digest == used.digest
+        assert assets.remove_all(data) == [unused.digest]
+    assert assets.remove_all(data) == [used.digest]
+    assert not list((data / "root").iterdir())

@@ -26,6 +26,10 @@ def data(tmp_path: Path) -> Path:
             (built / name / "facts.json").write_text(json.dumps(facts))
         assets.install_image(data, built / "image", inputs="i")
         assets.install_kernel(data, built / "kernel", kind=KernelKind.TUNED, inputs="k")
+        (built / "root/rootfs/usr/bin").mkdir(parents=True)
+        (built / "root/rootfs/usr/bin/python3").touch()
+        (built / "root/facts.json").write_text("{}")
+        assets.install_root(data, built / "root", inputs="r")
     return data
 
 
@@ -51,6 +55,7 @@ def test_table_without_kernel(data: Path) -> None:
 def test_json(data: Path) -> None:
     answer = json.loads(run(data, "ls", "--format", "json").stdout)
     assert [(one["digest"], one["size"]) for one in answer["images"]] == [(assets.find_image(data).digest, 3 << 19)]
+    assert [one["path"] for one in answer["roots"]] == [str(assets.find_root(data).path)]
     assert [(one["version"], one["kind"]) for one in answer["kernels"]] == [("6.1.9-katapy", "tuned")]
 
 
