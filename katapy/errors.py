@@ -11,6 +11,8 @@
       Timeout                a deadline passed
       Unsupported            katapy does not do this, and says so instead of ignoring it
       Unavailable            a part that is needed died or cannot be reached
+        NotStarted           a sandbox could not start; safe to try again
+        OutcomeUnknown       what runs a sandbox was lost, and with it what became of a command
       Internal               a bug in katapy
 
 A message names the object and the stage, in lower case. It is printed once, where it is handled.
@@ -65,6 +67,14 @@ class Unavailable(KatapyError):
     """A part that is needed died or cannot be reached."""
 
 
+class NotStarted(Unavailable):
+    """A sandbox could not start: nothing of it has run, so it is safe to try again."""
+
+
+class OutcomeUnknown(Unavailable):
+    """What runs a sandbox was lost: a command may have run, or not."""
+
+
 class Internal(KatapyError):
     """A bug in katapy."""
 
@@ -91,6 +101,8 @@ _CODES: Final[dict[type[KatapyError], Codes]] = {
     Timeout: Codes(1, 4),
     Unsupported: Codes(1, 12),
     Unavailable: Codes(1, 14),
+    NotStarted: Codes(1, 14),
+    OutcomeUnknown: Codes(1, 14),
     Internal: Codes(1, 13),
 }
 _BY_NAME: Final = {cls.__name__: cls for cls in _CODES}
