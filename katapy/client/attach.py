@@ -267,10 +267,25 @@ def _relay(control: _socket.socket, signals: Signals, terminal: _Terminal | None
                 if number == signal.SIGCONT:
                     terminal.make_raw()  # the shell that stopped us took it back
                 _send_size(control, terminal)
+    return receive_exit(control)
+
+
+def receive_exit(control: _socket.socket) -> int:
+    """Wait for the end of the process, and return its exit status, 0 to 255. Raises AttachError where it was lost."""
     message, fds = _receive(control)
     for fd in fds:
         os.close(fd)
     return _exit_status(message)
+
+
+def send_signal(control: _socket.socket, number: int) -> None:
+    """Have the shim send a signal to the process."""
+    _send(control, {"signal": number})
+
+
+def send_size(control: _socket.socket, columns: int, rows: int) -> None:
+    """Tell the size of the window that the process's terminal is in."""
+    _send(control, {"resize": [columns, rows]})
 
 
 def _send_size(control: _socket.socket, terminal: _Terminal) -> None:

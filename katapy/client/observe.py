@@ -75,9 +75,9 @@ class ShimClient:
         answer = self._call("Processes", pb.ProcessesRequest(id=id), pb.ProcessesResponse, _ANSWER_SECONDS)
         return [GuestProcess(each.pid, each.uid, each.command, each.exec_id) for each in answer.processes]
 
-    def usage(self, id: str) -> Usage:  # noqa: A002
+    def usage(self, id: str, *, timeout: float) -> Usage:  # noqa: A002
         """Return what a container has used so far; also when it has ended, until it is deleted."""
-        answer = self._call("Usage", pb.UsageRequest(id=id), pb.UsageResponse, _ANSWER_SECONDS)
+        answer = self._call("Usage", pb.UsageRequest(id=id), pb.UsageResponse, timeout)
         return Usage(answer.cpu_usec, answer.peak_bytes, answer.oom_kills, answer.pid_failures)
 
     def timing(self) -> list[Phase]:

@@ -11,7 +11,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from katapy import jsonfile
 from katapy.client import attach, launch
@@ -24,6 +24,9 @@ from katapy.oci.bundle import Bundle
 from katapy.oci.process import ProcessSpec, parse_process
 from katapy.state import PROCESS_FILE, ProcessRef, State, StateDir
 from katapy.transport.ttrpc import TtrpcClient
+
+if TYPE_CHECKING:
+    from katapy.client.observe import Usage
 
 ATTACH: Final = "attach:"
 Streams = tuple[int, int, int]
@@ -88,11 +91,15 @@ class Pod:
         """The directory of the pod, where its shim's sockets are."""
         return self._root / self.state().sandbox
 
-    def create(self, bundle: Bundle) -> None:
-        """Create the container; the first one of a pod boots its VM. Raises whatever the shim answers."""
+    def create(self, bundle: Bundle, *, streams: bool = True) -> None:
+        """Create the container; the first one of a pod boots its VM. Without ``streams`` its own are /dev/null.
+
+        Raises whatever the shim answers.
+        """
         try:
             # Without a deadline of its own: the boot has one, in the configuration.
-            self.task.create(self._id, bundle.path, _stdio(terminal=bundle.spec.process.terminal), timeout=None)
+            stdio = _stdio(terminal=bundle.spec.process.terminal) if streams else Stdio()
+            self.task.create(self._id, bundle.path, stdio, timeout=None)
         except Unavailable as error:
             # By that the shim knows that it has to undo what it has done, and to end.
             self._client.close()
@@ -139,10 +146,13 @@ class Pod:
         """Send a signal to the container's init, or to ``everyone`` in it."""
         self.task.kill(self._id, number, everyone=everyone)
 
-    def come_for_streams(self, exec_id: str = "") -> attach.Control:
-        """Have this process stand for a process of the container that is created or started next."""
+    def come_for_streams(self, exec_id: str = "", *, stand: bool = True) -> attach.Control:
+        """Have this process stand for a process of the container that is created or started next.
+
+        Without ``stand`` it only wants the streams of it.
+        """
         control = launch.connect_attach(self._directory)
-        attach.announce(control, self._id, exec_id)
+        attach.announce(control, self._id, exec_id, stand=stand)
         return control
 
     def run_foreground(self, control: attach.Control) -> int:
@@ -201,6 +211,12 @@ class Pod:
         from katapy.client.observe import ShimClient
 
         ShimClient(self._client).wait_resumed(self._id)
+
+    def usage(self, *, timeout: float) -> Usage:
+        """Return what the container has used, as its guest says, within ``timeout`` seconds."""
+        from katapy.client.observe import ShimClient
+
+        return ShimClient(self._client).usage(self._id, timeout=timeout)
 
     def add_exec(self, exec_id: str, process: ProcessSpec) -> None:
         """Note a process to be started in the running container."""

@@ -1,0 +1,1 @@
+"""Untrusted code in a VM of its own, from Python: see ``sandbox``."""

@@ -1,0 +1,142 @@
+"""The VM of a sandbox as its caller sees it: the shim that holds it, the facts that only the host knows, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from katapy.client.pod import Launch, Pod
+from katapy.errors import InvalidState, KatapyError, NotFound, NotStarted, Timeout, Unavailable
+from katapy.oci.bundle import CONFIG, Bundle, load_bundle
+from katapy.sdk.process import host_cpu_seconds
+from katapy.state import ProcessRef
+from katapy.storage.layer import DIRECTORY
+
+_QEMU: Final = "QEMU"
+# Below that nothing can be written any more.
+_FULL_BYTES: Final = 8192
+BUSYBOX: Final = "/bin/busybox"
+
+
+class Vm:
+    """A running VM with a container that holds it."""
+
+    def __init__(self, launch: Launch, document: Mapping[str, Any]) -> None:
+        """Start one; ``document`` is the config.json of what holds it. Raises KatapyError; nothing is left then."""
+        self.launch = launch
+        self.id = f"sandbox-{secrets.token_hex(6)}"
+        self._root = -1
+        self._ended = False
+        self._lock = threading.Lock()
+        with written(document) as bundle:
+            self._pod = Pod.begin(launch, self.id, bundle)
+            try:
+                self._pod.create(bundle, streams=False)
+                self._pod.start()
+                state = self._pod.state()
+                self.accelerator = state.accelerator
+                self._qemu = next(each for each in state.helpers if each.name == _QEMU)
+                self._root = self._open_root(state.shim)
+            except BaseException:
+                self.close()
+                raise
+
+    def begin(self, container_id: str, bundle: Bundle) -> Pod:
+        """Make the state of one more container. Raises KatapyError."""
+        return Pod.begin(self.launch, container_id, bundle)
+
+    def connect(self, container_id: str) -> Pod:
+        """Connect to the shim of a container. Raises NotFound or Unavailable."""
+        return Pod.connect(self.launch.root, container_id)
+
+    @property
+    def root(self) -> int:
+        """The descriptor of the root file system with its writable layer. Raises InvalidState once it was closed."""
+        if self._root < 0:
+            raise InvalidState(f"{self.id} is closed")
+        return self._root
+
+    def cpu_seconds(self) -> float | None:
+        """Return the CPU time that QEMU has taken."""
+        return host_cpu_seconds(self._qemu.pid) if self._qemu.alive() else None
+
+    def alive(self) -> bool:
+        """Tell whether QEMU runs."""
+        return self._qemu.alive()
+
+    def kill(self) -> None:
+        """End QEMU at once."""
+        if (fd := self._qemu.open()) is not None:
+            try:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+            finally:
+                os.close(fd)
+
+    def is_full(self) -> bool:
+        """Tell whether its writable layer is."""
+        facts = os.statvfs(self.root)
+        return facts.f_bavail * facts.f_bsize < _FULL_BYTES or facts.f_favail == 0
+
+    def close(self) -> None:
+        """End the VM and all that is in it, and wait until nothing is left. Idempotent."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+            self._pod.discard()
+            if self._root >= 0:
+                os.close(self._root)
+                self._root = -1
+
+    def _open_root(self, shim: ProcessRef | None) -> int:
+        """Open the writable layer, which is mounted in the shim's mount namespace and nowhere else."""
+        if shim is None:
+            raise Unavailable(f"{self.id} has no shim")
+        directory = self.launch.root / self.id / DIRECTORY / "0" / "root"
+        try:
+            fd = os.open(f"/proc/{shim.pid}/root{directory}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Unavailable(f"cannot open the files of {self.id}: {error.strerror}") from error
+        if not shim.alive():
+            os.close(fd)
+            raise Unavailable(f"the shim of {self.id} died")
+        return fd
+
+
+@contextmanager
+def written(document: Mapping[str, Any]) -> Iterator[Bundle]:
+    """Write a config.json and load it; it is gone when the context ends, by when the shim has read it."""
+    with tempfile.TemporaryDirectory(prefix="katapy-sandbox-") as directory:
+        Path(directory, CONFIG).write_text(json.dumps(document))
+        yield load_bundle(directory)
+
+
+@contextmanager
+def starting(what: str) -> Iterator[None]:
+    """Turn what is nobody's fault into NotStarted; what the caller gave stays what it is."""
+    try:
+        yield
+    except (Unavailable, Timeout) as error:
+        raise NotStarted(f"{what} could not start: {error}") from error
+
+
+def find_busybox() -> str:
+    """Return the static busybox of the host, which waits in the VM while nothing runs. Raises NotFound."""
+    if not os.access(BUSYBOX, os.X_OK):
+        raise NotFound(f"{BUSYBOX} is missing: apt-get install busybox-static")
+    return BUSYBOX
+
+
+def forget(vm: Vm, container_id: str) -> None:
+    """Remove a container that did not come to run."""
+    with suppress(KatapyError), vm.connect(container_id) as pod:
+        pod.remove(force=True)
