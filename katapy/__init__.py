@@ -1,4 +1,4 @@
-"""katapy: every pod in its own virtual machine, behind the interface of an OCI runtime; and ``Sandbox``, from Python."""
+"""katapy: every pod in its own virtual machine, behind the interface of an OCI runtime, and ``Sandbox``."""
 
 __version__ = "0.1.0"
 __all__ = ["Sandbox", "__version__"]

@@ -41,6 +41,9 @@ class User:
     gid: int = 0
 
 
+ROOT: Final = User()
+
+
 @dataclass(frozen=True)
 class Shared:
     """A directory or file of the host, ``source``, that a run sees at ``destination``."""
@@ -61,7 +64,7 @@ class Base:
     limits: Limits
     environment: Mapping[str, str] = field(default_factory=dict)
     cwd: str = "/"
-    user: User = User()
+    user: User = ROOT
     shared: tuple[Shared, ...] = ()
     network: str | None = None
     process: Mapping[str, Any] = field(default_factory=dict)
@@ -161,4 +164,4 @@ def check_network(network: str | None) -> str | None:
     """Return the path of a network namespace, None for no network; ``network`` may be a name of `ip netns`."""
     if network is None or network == "none":
         return None
-    return network if "/" in network else os.path.join("/run/netns", network)  # noqa: PTH118 - plain text
+    return network if "/" in network else os.path.join("/run/netns", network)

@@ -30,7 +30,10 @@ _TRIES: Final = 16
 
 @dataclass(frozen=True)
 class Entry:
-    """One name in a directory; ``kind`` is file, directory, link or other, ``size`` bytes, ``mtime`` seconds since 1970."""
+    """One name in a directory; ``kind`` is file, directory, link or other.
+
+    ``size`` is in bytes, ``mtime`` in seconds since 1970.
+    """
 
     name: str
     kind: str
@@ -47,7 +50,10 @@ class Files:
         self._root, self._owner = root, owner
 
     def read(self, path: str | bytes, *, max_bytes: int = READ_MAX) -> bytes:
-        """Return what is in a file. Raises NotFound, and InvalidArgument where it is none or longer than ``max_bytes``."""
+        """Return what is in a file.
+
+        Raises NotFound, and InvalidArgument where it is no regular file, or longer than ``max_bytes``.
+        """
         with self._errors("read", path), self._regular(path) as fd:
             parts: list[bytes] = []
             left = max_bytes + 1

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Final
 
+from katapy import config
 from katapy.errors import InvalidArgument
 
 MIB: Final = 1 << 20
-_SIZE: Final = re.compile(r"(\d{1,15})([KMGT]?)(i?B)?", re.IGNORECASE)
-_UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 # Below that neither a guest's kernel nor a program has room to start.
 _MEMORY_MIN: Final = 16 * MIB
 _BOUND: Final = 1 << 50
@@ -35,7 +33,7 @@ class Limits:
     file_size: int = 256 * MIB
 
 
-def make_limits(  # noqa: PLR0913 - one for each limit
+def make_limits(
     *,
     memory: int | str,
     cpus: float,
@@ -63,13 +61,11 @@ def make_limits(  # noqa: PLR0913 - one for each limit
 
 
 def parse_size(value: int | str, what: str, *, at_least: int) -> int:
-    """Return a number of bytes, given as such or as a text such as 256M or 1GiB. Raises InvalidArgument."""
-    size = value
-    if isinstance(value, str):
-        match = _SIZE.fullmatch(value)
-        if match is None:
-            raise InvalidArgument(f"{what}: {value[:40]!r} is no size such as 256M")
-        size = int(match[1]) << _UNITS[match[2].upper()]
+    """Return a number of bytes, given as such or as a text such as 256M. Raises InvalidArgument."""
+    try:
+        size = config.parse_size(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise InvalidArgument(f"{what}: {error}") from error
     if isinstance(size, bool) or not isinstance(size, int):
         raise InvalidArgument(f"{what}: {value!r} is neither a number of bytes nor a text such as '256M'")
     if not at_least <= size <= _BOUND:

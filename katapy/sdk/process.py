@@ -257,9 +257,8 @@ class Process:
             return
         if events & selectors.EVENT_READ and not self._receive(key.data, key.fileobj):  # type: ignore[arg-type]
             self._close_stream(selector, key.data)
-        elif events & selectors.EVENT_WRITE and not self._feed(key.fileobj):  # type: ignore[arg-type]
-            if key.data == "stdin":
-                self._close_stream(selector, "stdin")
+        elif events & selectors.EVENT_WRITE and not self._feed(key.fileobj) and key.data == "stdin":  # type: ignore[arg-type]
+            self._close_stream(selector, "stdin")
 
     def _choose(self, selector: selectors.BaseSelector) -> None:
         """Wait for those streams that have something to do."""
@@ -435,7 +434,7 @@ class Process:
             usage = self._ask_usage()
         by, trusted = self._reason(cause, status, usage)
         ended_by_us = cause is not None and by in (KilledBy.WALL, KilledBy.CPU, KilledBy.OUTPUT)
-        number = None if status is None or status <= 128 or status > 128 + 64 else status - 128  # noqa: PLR2004
+        number = None if status is None or status <= 128 or status > 128 + 64 else status - 128
         return Verdict(
             exit_code=None if ended_by_us or number is not None else status,
             signal=None if ended_by_us else number,
@@ -467,7 +466,7 @@ class Process:
             return KilledBy.PIDS, False
         if status != 0 and self._machine.is_full():
             return KilledBy.DISK, True
-        if 128 < status <= 128 + 64:  # noqa: PLR2004
+        if 128 < status <= 128 + 64:
             return KilledBy.SIGNAL, False
         return KilledBy.NONE, True
 

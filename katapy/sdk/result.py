@@ -67,12 +67,10 @@ class Result(Generic[AnyStr]):
     def usage(self) -> Usage:
         """What it took."""
         verdict = self.verdict
-        return Usage(
-            verdict.wall_seconds, verdict.host_cpu_seconds, verdict.cpu_seconds, verdict.peak_memory_bytes
-        )
+        return Usage(verdict.wall_seconds, verdict.host_cpu_seconds, verdict.cpu_seconds, verdict.peak_memory_bytes)
 
     def check(self) -> Result[AnyStr]:
         """Return this result. Raises RunFailed unless it is ``ok``."""
         if not self.ok:
-            raise RunFailed(self)  # type: ignore[arg-type]  # of str or of bytes, mypy does not see
+            raise RunFailed(self)
         return self

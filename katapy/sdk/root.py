@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from katapy.assets import hold_root
-from katapy.config import load_config
+from katapy.config import Config
 from katapy.errors import InvalidArgument, NotFound
-from katapy.sdk.document import User
+from katapy.sdk.document import ROOT, User
 
 
 class Wanted(NamedTuple):
@@ -31,7 +31,7 @@ class Root:
     args: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     cwd: str = "/"
-    user: User = User()
+    user: User = ROOT
     process: Mapping[str, Any] = field(default_factory=dict)
     mounts: Sequence[Mapping[str, Any]] = ()
 
@@ -48,7 +48,7 @@ def open_root(wanted: Wanted, config: Path | None) -> Iterator[Root]:
     elif wanted.bundle is not None:
         yield _of_bundle(os.fspath(wanted.bundle))
     else:
-        data_dir = load_config(config).paths.data_dir
+        data_dir = Config.load(config).runtime.data_dir
         with hold_root(data_dir) as root:
             yield Root(str(root.path))
 
@@ -62,7 +62,7 @@ def _of_bundle(path: str) -> Root:
     document = parse(read(name), what=name)
     process = bundle.spec.process
     mounts = [
-        {**mount, "source": os.path.join(bundle.path, mount["source"])} if parsed.is_bind else mount  # noqa: PTH118
+        {**mount, "source": os.path.join(bundle.path, mount["source"])} if parsed.is_bind else mount
         for mount, parsed in zip(document.get("mounts") or (), bundle.spec.mounts, strict=True)
     ]
     environment = dict(variable.partition("=")[::2] for variable in process.env)

@@ -14,11 +14,11 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, overload
 
-from katapy.errors import InvalidArgument, InvalidState, KatapyError, NotStarted, PermissionDenied, Unavailable
+from katapy.errors import InvalidArgument, InvalidState, NotStarted, PermissionDenied, Unavailable
 from katapy.sdk.limits import check_seconds, make_limits, parse_size
 from katapy.sdk.result import Result
 
@@ -37,10 +37,26 @@ PathLike = str | os.PathLike[str]
 Callback = Callable[[Any], object]
 
 
-class Sandbox:
-    """A VM for untrusted code; it starts at ``start``, at the first run, or where a context is entered."""
+class RunOptions(TypedDict, total=False):
+    """What a run may have otherwise than its sandbox.
 
-    def __init__(  # noqa: PLR0913 - each is a property of what runs
+    ``timeout`` and ``cpu_time`` in seconds, None for no limit; ``output`` in bytes or as text such as "1M"; ``env`` on
+    top of the sandbox's; ``cwd``; ``user`` as "uid[:gid]"; with ``tty`` it has a terminal, and all output is stdout.
+    """
+
+    timeout: float | None
+    cpu_time: float | None
+    output: int | str
+    env: Mapping[str, str]
+    cwd: str
+    user: str | int
+    tty: bool
+
+
+class Sandbox:
+    """A VM for untrusted code; it starts with ``open``, with the first run, or where a context is entered."""
+
+    def __init__(
         self,
         *,
         rootfs: PathLike | None = None,
@@ -78,6 +94,7 @@ class Sandbox:
         ``config`` is a configuration file of katapy's.
         Raises InvalidArgument.
         """
+        self._given = {name: value for name, value in locals().items() if name not in ("self", "fresh")}
         if sum(each is not None for each in (rootfs, bundle, image)) > 1:
             raise InvalidArgument("rootfs, bundle and image exclude one another")
         self._rootfs, self._bundle, self._image = rootfs, bundle, image
@@ -108,7 +125,7 @@ class Sandbox:
         self._closed = False
 
     def __enter__(self) -> Self:
-        return self.start()
+        return self.open()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -134,9 +151,11 @@ class Sandbox:
         assert self._base is not None
         return Files(lambda: vm.root, (self._base.user.uid, self._base.user.gid))
 
-    def start(self) -> Self:
-        """Start the VM, if that was not done. Raises NotStarted, which is safe to try again, and for bad arguments
-        InvalidArgument, NotFound, Unsupported or PermissionDenied.
+    def open(self) -> Self:
+        """Start the VM, if that was not done, and return this sandbox.
+
+        Raises NotStarted, which is safe to try again, and for bad arguments InvalidArgument, NotFound, Unsupported or
+        PermissionDenied.
         """
         self._started()
         return self
@@ -160,16 +179,10 @@ class Sandbox:
         *,
         text: Literal[True] = True,
         input: str | bytes | None = None,
-        timeout: float | None = -1,
-        cpu_time: float | None = -1,
-        output: int | str | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | int | None = None,
-        tty: bool = False,
         on_stdout: Callback | None = None,
         on_stderr: Callback | None = None,
         fresh: bool | None = None,
+        **options: Unpack[RunOptions],
     ) -> Result[str]: ...
 
     @overload
@@ -179,163 +192,91 @@ class Sandbox:
         *,
         text: Literal[False],
         input: str | bytes | None = None,
-        timeout: float | None = -1,
-        cpu_time: float | None = -1,
-        output: int | str | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | int | None = None,
-        tty: bool = False,
         on_stdout: Callback | None = None,
         on_stderr: Callback | None = None,
         fresh: bool | None = None,
+        **options: Unpack[RunOptions],
     ) -> Result[bytes]: ...
 
-    def run(  # noqa: PLR0913 - as subprocess.run has them
+    def run(
         self,
         args: Sequence[str] | None = None,
         *,
         text: bool = True,
         input: str | bytes | None = None,
-        timeout: float | None = -1,
-        cpu_time: float | None = -1,
-        output: int | str | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | int | None = None,
-        tty: bool = False,
         on_stdout: Callback | None = None,
         on_stderr: Callback | None = None,
         fresh: bool | None = None,
+        **options: Unpack[RunOptions],
     ) -> Result[str] | Result[bytes]:
         """Run a command to its end, and return what it printed and what became of it.
 
         ``args`` is the program and its arguments, by default the bundle's or image's. ``input`` is its standard input.
-        ``timeout``, ``cpu_time`` (seconds) and ``output`` (bytes) are by default the sandbox's. With ``text`` output
-        is text, where what is not UTF-8 is replaced; else bytes. The callbacks get each piece of it as it comes, as
-        text or bytes, which ends the run where they raise. With ``tty`` it has a terminal, and all output is stdout.
-        What the command does is never an exception: see ``Result``. Raises InvalidArgument, CommandNotFound,
+        With ``text`` output is text, where what is not UTF-8 is replaced; else bytes. The callbacks get each piece of
+        it as it comes, which ends the run where they raise. With ``fresh`` it has a VM and files of its own.
+        ``options`` are RunOptions.
+        What the command does is never an exception: see Result. Raises InvalidArgument, CommandNotFound,
         CommandNotExecutable, NotStarted, and OutcomeUnknown where the command may have run.
         """
         if self._fresh if fresh is None else fresh:
-            with self._twin() as twin:
-                return twin.run(  # type: ignore[call-overload,no-any-return]  # of what type is decided by text
-                    args,
-                    text=text,
-                    input=input,
-                    timeout=timeout,
-                    cpu_time=cpu_time,
-                    output=output,
-                    env=env,
-                    cwd=cwd,
-                    user=user,
-                    tty=tty,
-                    on_stdout=on_stdout,
-                    on_stderr=on_stderr,
-                    fresh=False,
+            with Sandbox(**self._given) as twin:
+                return twin.run(  # type: ignore[call-overload,no-any-return]  # text decides of which type it is
+                    args, text=text, input=input, on_stdout=on_stdout, on_stderr=on_stderr, fresh=False, **options
                 )
-        decoders = {name: _decoder(text=text) for name in ("stdout", "stderr")}
-        callbacks = {"stdout": on_stdout, "stderr": on_stderr}
-        heard = on_stdout is not None or on_stderr is not None
-        process = self._launch(
-            args,
-            input=b"" if input is None else input,
-            timeout=timeout,
-            cpu_time=cpu_time,
-            output=output,
-            env=env,
-            cwd=cwd,
-            user=user,
-            tty=tty,
-            held=heard,
-        )
+        calls = {name: _decoded(call, text) for name, call in (("stdout", on_stdout), ("stderr", on_stderr)) if call}
         taken: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
-        with process:
-            if not heard:
+        with self._launch(args, input or b"", options, held=bool(calls)) as process:
+            if not calls:
                 process.wait()
             for chunk in process:
                 taken[chunk.stream].append(chunk.data)
-                call = callbacks[chunk.stream]
-                if call is not None and (piece := decoders[chunk.stream](chunk.data)):
-                    call(piece)
+                if chunk.stream in calls:
+                    calls[chunk.stream](chunk.data)
             verdict = process.wait()
-        streams = [b"".join(taken[name]) for name in ("stdout", "stderr")]
-        shown = tuple(args) if args is not None else self._args
-        if text:
-            texts = [stream.decode(errors="replace") for stream in streams]
-            return Result(shown, texts[0], texts[1], verdict, process.truncated)
-        return Result(shown, streams[0], streams[1], verdict, process.truncated)
+        stdout, stderr = (b"".join(pieces) for pieces in taken.values())
+        shown = self._args if args is None else tuple(args)
+        if not text:
+            return Result(shown, stdout, stderr, verdict, process.truncated)
+        return Result(
+            shown, stdout.decode(errors="replace"), stderr.decode(errors="replace"), verdict, process.truncated
+        )
 
     def stream(
-        self,
-        args: Sequence[str] | None = None,
-        *,
-        input: str | bytes | None = None,
-        **options: Any,
+        self, args: Sequence[str] | None = None, *, input: str | bytes | None = None, **options: Unpack[RunOptions]
     ) -> Iterator[Chunk]:
         """Run a command and give each piece of its output as it comes; leaving the loop ends the command.
 
-        ``options`` are those of ``start_process``. A command that is slower to be read than to print waits.
+        A command whose output is taken more slowly than it prints waits, as it does at a pipe. Raises as ``run`` does.
         """
-        with self.start_process(args, input=b"" if input is None else input, **options) as process:
+        with self._launch(args, input or b"", options, held=True) as process:
             yield from process
 
-    def start_process(
-        self,
-        args: Sequence[str] | None = None,
-        *,
-        input: str | bytes | None = None,
-        timeout: float | None = -1,
-        cpu_time: float | None = -1,
-        output: int | str | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | int | None = None,
-        tty: bool = False,
+    def start(
+        self, args: Sequence[str] | None = None, *, input: str | bytes | None = None, **options: Unpack[RunOptions]
     ) -> Process:
-        """Start a command and return it, to be written to and read from; the parameters are those of ``run``.
+        """Start a command and return it, to be written to and read from. Raises as ``run`` does.
 
-        Without ``input``, ``Process.write`` gives it. Raises what ``run`` raises.
+        With ``input`` that is all that it reads; without, ``Process.write`` gives it.
         """
-        return self._launch(
-            args,
-            input=input,
-            timeout=timeout,
-            cpu_time=cpu_time,
-            output=output,
-            env=env,
-            cwd=cwd,
-            user=user,
-            tty=tty,
-            held=True,
-        )
+        return self._launch(args, input, options, held=True)
 
     def _launch(
-        self,
-        args: Sequence[str] | None,
-        *,
-        input: str | bytes | None,
-        timeout: float | None,
-        cpu_time: float | None,
-        output: int | str | None,
-        env: Mapping[str, str] | None,
-        cwd: str | None,
-        user: str | int | None,
-        tty: bool,
-        held: bool,
+        self, args: Sequence[str] | None, input: str | bytes | None, options: RunOptions, *, held: bool
     ) -> Process:
         from katapy.sdk.process import Bounds
 
+        if unknown := set(options) - RunOptions.__annotations__.keys():
+            raise InvalidArgument(f"there is no option {min(unknown)!r}: {', '.join(RunOptions.__annotations__)} are")
+        output = options.get("output")
         bounds = Bounds(
-            wall=self._timeout if timeout == -1 else check_seconds(timeout, "timeout"),
-            cpu=self._cpu_time if cpu_time == -1 else check_seconds(cpu_time, "cpu_time"),
+            wall=check_seconds(options.get("timeout", self._timeout), "timeout"),
+            cpu=check_seconds(options.get("cpu_time", self._cpu_time), "cpu_time"),
             output=self._limits.output if output is None else parse_size(output, "output", at_least=0),
             cpus=self._limits.cpus,
         )
         data = input.encode() if isinstance(input, str) else input
         vm = self._started()
-        command = self._command(args, env, cwd, user, tty=tty)
-        return self._execute(vm, command, bounds, data, held=held)
+        return self._execute(vm, self._command(args, options), bounds, data, held=held)
 
     def _execute(self, vm: Vm, command: Command, bounds: Any, data: bytes | None, *, held: bool) -> Process:
         from katapy.client import attach
@@ -431,55 +372,27 @@ class Sandbox:
                 raise InvalidArgument(f"{str(destination)[:100]!r} is not an absolute path in the sandbox")
             yield Shared(os.path.abspath(source), str(destination), read_only)
 
-    def _command(
-        self,
-        args: Sequence[str] | None,
-        env: Mapping[str, str] | None,
-        cwd: str | None,
-        user: str | int | None,
-        *,
-        tty: bool,
-    ) -> Command:
+    def _command(self, args: Sequence[str] | None, options: RunOptions) -> Command:
         from katapy.sdk.document import Command
 
         base = self._base
         assert base is not None
         if isinstance(args, str | bytes):
             raise InvalidArgument("args is one text: give a list, such as ['sh', '-c', 'ls | wc -l']")
-        words = tuple(args) if args is not None else self._args
+        words = self._args if args is None else tuple(args)
         if not words:
             raise InvalidArgument("args: no command, and neither bundle nor image has one")
         for word in words:
             if not isinstance(word, str) or "\0" in word:
                 raise InvalidArgument(f"args: {word!r} is not a text without NUL")
-        environment = {**base.environment, **_check_environment(env or {})}
-        whom = base.user if user is None else parse_user(user)
-        return Command(words, environment, base.cwd if cwd is None else cwd, whom, tty)
-
-    def _twin(self) -> Sandbox:
-        """Return another sandbox like this one."""
-        limits = self._limits
-        return Sandbox(
-            rootfs=self._rootfs,
-            bundle=self._bundle,
-            image=self._image,
-            memory=limits.memory,
-            cpus=limits.cpus,
-            processes=limits.processes,
-            disk=limits.disk,
-            inodes=limits.inodes,
-            output=limits.output,
-            open_files=limits.open_files,
-            file_size=limits.file_size,
-            timeout=self._timeout,
-            cpu_time=self._cpu_time,
-            network=self._network,
-            env=self._env,
-            cwd=self._cwd,
-            user=self._user,
-            ro=self._ro,
-            rw=self._rw,
-            config=self._config,
+        environment = {**base.environment, **_check_environment(options.get("env") or {})}
+        user, cwd = options.get("user"), options.get("cwd")
+        return Command(
+            words,
+            environment,
+            base.cwd if cwd is None else cwd,
+            base.user if user is None else parse_user(user),
+            options.get("tty", False),
         )
 
 
@@ -503,7 +416,14 @@ def _check_environment(env: Mapping[str, str]) -> dict[str, str]:
     return dict(env)
 
 
-def _decoder(*, text: bool) -> Callable[[bytes], str | bytes]:
+def _decoded(call: Callback, text: bool) -> Callable[[bytes], None]:
+    """Return what calls ``call`` with each piece, as text if that is wanted: whole characters only."""
     import codecs
 
-    return codecs.getincrementaldecoder("utf-8")("replace").decode if text else lambda data: data
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def tell(data: bytes) -> None:
+        if piece := decode(data) if text else data:
+            call(piece)
+
+    return tell
