@@ -10,6 +10,7 @@ Importing costs little and needs no privilege; to start one, root is needed. Met
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import threading
@@ -18,11 +19,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, overload
 
-from katapy.errors import InvalidArgument, InvalidState, NotStarted, PermissionDenied, Unavailable
+from katapy.errors import InvalidArgument, InvalidState, KatapyError, NotStarted, PermissionDenied, Unavailable
 from katapy.sdk.limits import check_seconds, make_limits, parse_size
 from katapy.sdk.result import Result
 
 if TYPE_CHECKING:  # loaded when one is started
+    from katapy.client.pod import Launch
     from katapy.sdk.document import Base, Command, User
     from katapy.sdk.files import Files
     from katapy.sdk.machine import Vm
@@ -79,6 +81,7 @@ class Sandbox:
         ro: Mapping[PathLike, str] | None = None,
         rw: Mapping[PathLike, str] | None = None,
         fresh: bool = False,
+        pool: PathLike | None = None,
         config: PathLike | None = None,
     ) -> None:
         """Describe a sandbox; nothing is started yet.
@@ -91,6 +94,8 @@ class Sandbox:
         ``timeout`` and ``cpu_time`` are seconds of one run, None for no limit. ``network`` names a network namespace,
         by default there is none at all. ``env``, ``cwd`` and ``user`` ("uid[:gid]") are each run's defaults. ``ro`` and
         ``rw`` map paths of the host to paths in the sandbox. With ``fresh`` every run has a VM of its own.
+        ``pool`` is the socket of a pool (`katapy sandbox --serve`) to take the VM from, if it has one like that; by
+        default the host's, "" for none.
         ``config`` is a configuration file of katapy's.
         Raises InvalidArgument.
         """
@@ -113,7 +118,7 @@ class Sandbox:
         self._env = _check_environment(env or {})
         self._cwd, self._user = cwd, user
         self._ro, self._rw = dict(ro or {}), dict(rw or {})
-        self._fresh = fresh
+        self._fresh, self._pool = fresh, pool
         self._config = None if config is None else Path(config).absolute()
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
@@ -136,6 +141,22 @@ class Sandbox:
         if self._vm is None:
             raise InvalidState("the sandbox is not started")
         return self._vm.id
+
+    @property
+    def shape(self) -> str:
+        """What two sandboxes must have in common so that the VM of one can be the other's."""
+        base = self._base
+        if base is None:
+            raise InvalidState("the sandbox is not started")
+        limits = base.limits
+        config = None if self._config is None else str(self._config)
+        parts = (base.rootfs, limits.memory, limits.cpus, limits.disk, limits.inodes, base.network, config)
+        return json.dumps(parts)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its VM is started and runs."""
+        return self._vm is not None and self._vm.alive()
 
     @property
     def accelerator(self) -> str:
@@ -360,9 +381,24 @@ class Sandbox:
             )
             launch = Launch(Path(DEFAULT_ROOT), self._config, False, True, False)
             with machine.starting("the sandbox"):
-                vm = machine.Vm(launch, document.holder(self._base, machine.find_busybox()))
+                vm = self._from_pool(launch)
+                if vm is None:
+                    vm = machine.Vm.start(launch, document.holder(self._base, machine.find_busybox()))
             self._held = stack.pop_all()
         return vm
+
+    def _from_pool(self, launch: Launch) -> Vm | None:
+        """Return a VM of a pool's, None where none is to be had."""
+        from katapy.sdk import machine, pool
+
+        path = pool.chosen(self._pool)
+        lease = None if path is None else pool.lease(path, self.shape)
+        if lease is None:
+            return None
+        try:
+            return machine.Vm.take(launch, lease)
+        except (KatapyError, StopIteration):
+            return None  # it has died meanwhile
 
     def _shared(self, paths: Mapping[PathLike, str], *, read_only: bool) -> Iterator[Any]:
         from katapy.sdk.document import Shared
