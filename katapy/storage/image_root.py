@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ def _hold(stack: ExitStack, place: Path) -> bool:
             _read(place)
         except KatapyError:
             return False
-        os.utime(fd)
+        # The kernel's own clock for this is coarse: two uses in one tick would be the same.
+        os.utime(fd, ns=(time.time_ns(), time.time_ns()))
         stack.push(ours.pop_all())
     return True
 

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ _OF_THE_HOST: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno
 class Limits:
     """What an image may take: bytes of its unpacked layers, their members, layers, and bytes for each compressed one.
 
-    The ratio counts from ``ratio_from_bytes`` on: small images of zeros are no bombs.
+    The ratio counts from ``ratio_from_bytes`` on: small images of zeros are no bombs. ``seconds`` is for all that
+    costs time and nothing else, such as paths through many links.
     """
 
     total_bytes: int = 16 << 30
@@ -49,6 +51,7 @@ class Limits:
     layers: int = 500
     ratio: int = 250
     ratio_from_bytes: int = 256 << 20
+    seconds: float = 3600.0
 
 
 class Budget:
@@ -59,12 +62,15 @@ class Budget:
         self.what = what
         self.total_bytes = 0
         self.members = 0
+        self._deadline = time.monotonic() + limits.seconds
 
     def add_member(self) -> None:
         """Count a member. Raises InvalidArgument."""
         self.members += 1
         if self.members > self.limits.members:
             raise InvalidArgument(f"{self.what}: more than {self.limits.members} members")
+        if time.monotonic() > self._deadline:
+            raise InvalidArgument(f"{self.what}: not unpacked within {self.limits.seconds:g} s")
 
     def add_bytes(self, size: int, *, unpacked: int, compressed: int) -> None:
         """Count ``size`` more bytes of a layer that is ``unpacked`` bytes so far, from so many ``compressed`` ones."""
@@ -128,7 +134,7 @@ class _Layer:
             if member.kind is Kind.HARD_LINK:
                 self._link(name, parent, member)
                 return
-            if member.kind is not Kind.DIRECTORY or not _is_directory(name, parent):
+            if member.kind is not Kind.FILE and not (member.kind is Kind.DIRECTORY and _is_directory(name, parent)):
                 _remove(name, parent)
             match member.kind:
                 case Kind.FILE:
@@ -150,13 +156,14 @@ class _Layer:
                     _set_time(name, member.mtime_ns, parent)
 
     def _write(self, name: bytes, parent: int, member: Member, reader: TarReader) -> None:
-        with _opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, parent) as fd:
+        with _created(name, parent) as fd:
             for offset, chunk in reader.data(member):
                 view = memoryview(chunk)
                 while view:
                     written = os.pwrite(fd, view, offset)
                     offset, view = offset + written, view[written:]
-            os.ftruncate(fd, member.size)
+            if member.size > sum(extent.length for extent in member.extents):
+                os.ftruncate(fd, member.size)
             self._set_status(fd, member)
             os.utime(fd, ns=(member.mtime_ns, member.mtime_ns))
 
@@ -278,6 +285,21 @@ class _Layer:
 @contextmanager
 def _opened(name: bytes, flags: int, parent: int) -> Iterator[int]:
     fd = os.open(name, flags | os.O_CLOEXEC, 0o600, dir_fd=parent)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _created(name: bytes, parent: int) -> Iterator[int]:
+    """Make a new file, in the place of whatever has its name."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(name, flags, 0o600, dir_fd=parent)
+    except FileExistsError:
+        _remove(name, parent)
+        fd = os.open(name, flags, 0o600, dir_fd=parent)
     try:
         yield fd
     finally:
