@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from harness import DEADLINE, Katapy, await_true
+from oci_images import Layout, directory, member, symlink
 
 from katapy import Sandbox
 from katapy.errors import OutcomeUnknown
@@ -59,8 +60,8 @@ def test_a_limit_is_named_on_stderr(katapy: Katapy) -> None:
 def test_shared_paths(katapy: Katapy, tmp_path: Path) -> None:
     """What is shared read-only cannot be written to; what is written elsewhere is gone."""
     read, write = tmp_path / "a:b", tmp_path / "rw"
-    for directory in (read, write):
-        directory.mkdir()
+    for each in (read, write):
+        each.mkdir()
     (read / "in").write_text("in\n")
     script = "cat /in/in > /out/copy; touch /in/x || echo refused; touch /etc/y && echo written"
     done = katapy("sandbox", "--ro", f"{read}:/in", "--rw", f"{write}:/out", "--", "sh", "-c", script, check=True)
@@ -84,6 +85,34 @@ def test_a_bundle_and_a_directory(katapy: Katapy, busybox: Path, tmp_path: Path)
     done = katapy("sandbox", "--rootfs", busybox, "--", "sh", "-c", "echo x > /x; ls /x", check=True)
     assert done.stdout == b"/x\n"
     assert sorted(busybox.rglob("*")) == before
+
+
+def test_an_image(katapy: Katapy, tmp_path: Path) -> None:
+    """Its command, environment, directory and user are the defaults; it is unpacked once, and nobody changes it."""
+    layout = Layout(tmp_path / "layout")
+    layout.add_image(
+        [
+            *(directory(name) for name in ("bin", "etc", "srv", "proc", "dev", "sys", "tmp")),
+            member("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755),
+            *(symlink(f"bin/{name}", "busybox") for name in ("sh", "id", "cat", "touch")),
+            member("etc/passwd", b"root:x:0:0::/:/bin/sh\napp:x:1000:1001::/:/bin/sh\n"),
+        ],
+        tag="v1",
+        config={"config": {"Entrypoint": ["sh", "-c"], "Cmd": ["id -u; id -g; pwd; echo $A"], "WorkingDir": "/srv",
+                           "Env": ["A=1", "PATH=/bin"], "User": "app"}},
+    )  # fmt: skip
+    config = tmp_path / "katapy.toml"
+    config.write_text(f'[runtime]\ndata_dir = "{tmp_path}/data"\n')
+    for name in ("image", "kernel", "templates"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).symlink_to(f"/var/lib/katapy/{name}")
+    katapy.options = ("--config", str(config))
+    for path in (layout.path, layout.archive(tmp_path / "archive.tar")):
+        assert katapy("sandbox", "--image", f"{path}:v1", check=True).stdout == b"1000\n1001\n/srv\n1\n"
+    assert len([each for each in (tmp_path / "data/roots").iterdir() if each.is_dir()]) == 1
+    done = katapy("sandbox", "--image", f"{layout.path}:v2")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"v2" in done.stderr
 
 
 @pytest.mark.parametrize(
