@@ -29,8 +29,11 @@ _GONE_WITHIN = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-# Those of templates say for themselves how their VMs start; of engines one is enough, since all call the same.
-_STARTS_OF_THEIR_OWN = (
+# Those of templates say for themselves how their VMs start; of engines one is enough, since all call the same; and what
+# an agent does with a configuration, once it serves, does not depend on how it came to that.
+_NOT_COLD = (
+    "test_config_rules.py",
+    "test_lifecycle_rules.py",
     "test_restored.py",
     "test_containerd.py",
     "test_containerd_kills.py",
@@ -57,7 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.vm)
             item.add_marker(pytest.mark.root)
-            (left_out if cold and item.path.name in _STARTS_OF_THEIR_OWN else chosen).append(item)
+            warm_only = item.path.name in _NOT_COLD or item.path.name.startswith("test_sandbox")
+            (left_out if cold and warm_only else chosen).append(item)
         else:
             chosen.append(item)
     if left_out:
