@@ -29,9 +29,21 @@ _GONE_WITHIN = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-# Those of templates say for themselves how their VMs start; of engines one is enough, since all call the same; and what
-# an agent does with a configuration, once it serves, does not depend on how it came to that.
-_NOT_COLD = (
+# Those of templates say for themselves how their VMs start; of engines one is enough, since all call the same.
+_STARTS_OF_THEIR_OWN = (
+    "test_restored.py",
+    "test_containerd.py",
+    "test_containerd_kills.py",
+    "test_cri.py",
+    "test_cri_kills.py",
+    "test_cri_streaming.py",
+    "test_docker.py",
+    "test_played_engines.py",
+    "test_installed_engines.py",
+)
+# What an agent does with a configuration, once it serves, hardly depends on how it came to that: `make soak`.
+_SELDOM_COLD = ("test_config_rules.py", "test_lifecycle_rules.py", "test_sandbox")
+_COLD = (
     "test_config_rules.py",
     "test_lifecycle_rules.py",
     "test_restored.py",
@@ -50,6 +62,7 @@ _COLD = "[hypervisor]\ntemplate = false\n"
 def pytest_addoption(parser: pytest.Parser) -> None:
     how = "restored from templates (warm), or booted each time (cold)"
     parser.addoption("--starts", choices=["warm", "cold"], default="warm", help=f"VMs are {how}")
+    parser.addoption("--seldom", action="store_true", help="with --starts cold: only the tests that are seldom so")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -60,8 +73,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.vm)
             item.add_marker(pytest.mark.root)
-            warm_only = item.path.name in _NOT_COLD or item.path.name.startswith("test_sandbox")
-            (left_out if cold and warm_only else chosen).append(item)
+            name = item.path.name
+            out = name in _STARTS_OF_THEIR_OWN or name.startswith(_SELDOM_COLD) is not config.getoption("--seldom")
+            (left_out if cold and out else chosen).append(item)
         else:
             chosen.append(item)
     if left_out:
