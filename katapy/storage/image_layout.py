@@ -156,17 +156,18 @@ class _Directory:
         try:
             # Links are followed, as some tools share blobs, but not out of the layout: it may come from anybody.
             resolve = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_MAGICLINKS
-            file = os.fdopen(linux.openat2(self._fd, name, flags, resolve=resolve), "rb")
+            fd = linux.openat2(self._fd, name, flags, resolve=resolve)
         except FileNotFoundError as error:
             raise NotFound(f"{self._what}: {name}: no such file") from error
         except OSError as error:
             raise InvalidArgument(
                 f"{self._what}: {name}: cannot be opened: {(error.strerror or '').lower()}"
             ) from error
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
+        # Looked at first: Python does not make a file of a directory, and leaves it open.
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
             raise InvalidArgument(f"{self._what}: {name}: not a regular file")
-        return file
+        return os.fdopen(fd, "rb")
 
 
 class _Archive:

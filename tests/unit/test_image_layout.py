@@ -199,8 +199,10 @@ def test_a_blob_is_a_file_of_the_layout(layout: Layout, tmp_path: Path, kind: st
     if kind == "link in":
         assert find(layout.path).digest == manifest["digest"]
     else:
+        before = os.listdir("/proc/self/fd")
         with pytest.raises(InvalidArgument, match=r"not a regular file|cannot be opened"):
             find(layout.path)
+        assert os.listdir("/proc/self/fd") == before
 
 
 Change = Callable[[dict[str, Any]], object]
