@@ -74,9 +74,11 @@ def sandbox(settings: Settings, /, command: tuple[str, ...], **flags: Any) -> in
     settings.check_config()
     given = _arguments(settings, flags)
     if flags["serve"]:
+        from katapy.sdk.pool import SOCKET
+
         if command:
             raise InvalidArgument("sandbox: --serve and a command exclude one another")
-        return _serve(given, flags["serve"])
+        return _serve(given, flags["serve"], settings.root / SOCKET)
     from katapy.cli import emulation
     from katapy.cli.progress import Progress
     from katapy.sdk.sandbox import Sandbox
@@ -138,6 +140,7 @@ def _arguments(settings: Settings, flags: dict[str, Any]) -> dict[str, Any]:
         "rw": dict(map(_pair, flags["writable"])),
         "env": env,
         "config": settings.config_path,
+        "state_dir": settings.root,
     }
 
 
@@ -149,16 +152,17 @@ def _pair(text: str) -> tuple[str, str]:
     return host, guest
 
 
-def _serve(given: dict[str, Any], count: int) -> int:
+def _serve(given: dict[str, Any], count: int, path: Path) -> int:
     from katapy.cli.progress import Progress
-    from katapy.sdk.pool import SOCKET, Pool
+    from katapy.sdk.pool import Pool
     from katapy.sdk.sandbox import Sandbox
 
-    with _ended_by_signals(), Pool(lambda: Sandbox(pool="", **given), count) as pool:
+    with _ended_by_signals(), Pool(lambda: Sandbox(pool="", **given), count, path) as pool:
         with Progress(f"starting {count} sandboxes"):
             pool.await_ready(count)
-        click.echo(f"{count} sandboxes are ready at {SOCKET}")
-        signal.pause()
+        click.echo(f"{count} sandboxes are ready at {path}")
+        with suppress(SystemExit):
+            signal.pause()
     return 0
 
 

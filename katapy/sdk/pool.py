@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from katapy.errors import AlreadyExists, KatapyError, Unavailable
-from katapy.state import DEFAULT_ROOT
 from katapy.transport import unix
 
 if TYPE_CHECKING:
     from katapy.sdk.sandbox import Sandbox
 
 # '~' is in no container's id.
-SOCKET: Final = Path(DEFAULT_ROOT, "~pool.sock")
+SOCKET: Final = "~pool.sock"
 _MESSAGE_MAX: Final = 65536
 _HELLO_SECONDS: Final = 10.0
 # Between two tries to start a sandbox, where the one before failed.
@@ -75,7 +74,7 @@ def lease(path: Path, shape: str) -> Lease | None:
 class Pool:
     """Keeps ``count`` sandboxes started that ``make`` makes, and gives each away once; a context manager."""
 
-    def __init__(self, make: Callable[[], Sandbox], count: int, path: Path = SOCKET) -> None:
+    def __init__(self, make: Callable[[], Sandbox], count: int, path: Path) -> None:
         """Listen at ``path``. Raises AlreadyExists where another pool does, Unavailable."""
         self._make, self._count, self._path = make, count, path
         self._changed = threading.Condition()
@@ -197,8 +196,8 @@ def _parse(data: bytes) -> dict[str, Any]:
     return {}
 
 
-def chosen(pool: str | os.PathLike[str] | None) -> Path | None:
-    """Return the socket of the pool to ask, None for none: ``pool`` is a path, None for the host's, "" for none."""
+def chosen(pool: str | os.PathLike[str] | None, state_dir: Path) -> Path | None:
+    """Return the socket of the pool to ask, None for none: ``pool`` is a path, "" for none, None for the usual one."""
     if pool is None:
-        return SOCKET
+        return state_dir / SOCKET
     return Path(pool) if os.fspath(pool) else None

@@ -23,6 +23,7 @@ from katapy.errors import InvalidArgument, InvalidState, KatapyError, NotStarted
 from katapy.sdk.limits import check_seconds, make_limits, parse_size
 from katapy.sdk.output import Callback, Output
 from katapy.sdk.result import Result
+from katapy.state import DEFAULT_ROOT
 
 if TYPE_CHECKING:  # loaded when one is started
     from katapy.client.pod import Launch
@@ -83,6 +84,7 @@ class Sandbox:
         fresh: bool = False,
         pool: PathLike | None = None,
         config: PathLike | None = None,
+        state_dir: PathLike | None = None,
     ) -> None:
         """Describe a sandbox; nothing is started yet.
 
@@ -96,7 +98,7 @@ class Sandbox:
         ``rw`` map paths of the host to paths in the sandbox. With ``fresh`` every run has a VM of its own.
         ``pool`` is the socket of a pool (`katapy sandbox --serve`) to take the VM from, if it has one like that; by
         default the host's, "" for none.
-        ``config`` is a configuration file of katapy's.
+        ``config`` is a configuration file of katapy's, ``state_dir`` where the state of its containers is, /run/katapy.
         Raises InvalidArgument.
         """
         self._given = {name: value for name, value in locals().items() if name not in ("self", "fresh")}
@@ -119,6 +121,7 @@ class Sandbox:
         self._cwd, self._user = cwd, user
         self._ro, self._rw = dict(ro or {}), dict(rw or {})
         self._fresh, self._pool = fresh, pool
+        self._state_dir = Path(DEFAULT_ROOT if state_dir is None else state_dir).absolute()
         self._config = None if config is None else Path(config).absolute()
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
@@ -352,7 +355,6 @@ class Sandbox:
         from katapy.client.pod import Launch
         from katapy.sdk import document, machine
         from katapy.sdk.root import Wanted, open_root
-        from katapy.state import DEFAULT_ROOT
 
         if os.geteuid() != 0:
             raise PermissionDenied("a sandbox is started as root: katapy mounts file systems and makes cgroups")
@@ -372,7 +374,7 @@ class Sandbox:
                 process=root.process,
                 mounts=root.mounts,
             )
-            launch = Launch(Path(DEFAULT_ROOT), self._config, False, True, False)
+            launch = Launch(self._state_dir, self._config, False, True, False)
             with machine.starting("the sandbox"):
                 vm = self._from_pool(launch)
                 if vm is None:
@@ -384,7 +386,7 @@ class Sandbox:
         """Return a VM of a pool's, None where none is to be had."""
         from katapy.sdk import machine, pool
 
-        path = pool.chosen(self._pool)
+        path = pool.chosen(self._pool, self._state_dir)
         lease = None if path is None else pool.lease(path, self.shape)
         if lease is None:
             return None
