@@ -14,13 +14,14 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, overload
 
 from katapy.errors import InvalidArgument, InvalidState, KatapyError, NotStarted, PermissionDenied, Unavailable
 from katapy.sdk.limits import check_seconds, make_limits, parse_size
+from katapy.sdk.output import Callback, Output
 from katapy.sdk.result import Result
 from katapy.state import DEFAULT_ROOT
 
@@ -37,7 +38,6 @@ _CREATE_SECONDS: Final = 60.0
 _USER: Final = re.compile(r"(\d{1,10})(?::(\d{1,10}))?")
 _ID_MAX: Final = (1 << 32) - 2
 PathLike = str | os.PathLike[str]
-Callback = Callable[[Any], object]
 
 
 class RunOptions(TypedDict, total=False):
@@ -247,23 +247,13 @@ class Sandbox:
                 return twin.run(  # type: ignore[call-overload,no-any-return]  # text decides of which type it is
                     args, text=text, input=input, on_stdout=on_stdout, on_stderr=on_stderr, fresh=False, **options
                 )
-        calls = {name: _decoded(call, text) for name, call in (("stdout", on_stdout), ("stderr", on_stderr)) if call}
-        taken: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
-        with self._launch(args, input or b"", options, held=bool(calls)) as process:
-            if not calls:
+        output = Output(text=text, on_stdout=on_stdout, on_stderr=on_stderr)
+        with self._launch(args, input or b"", options, held=output.is_watched) as process:
+            if not output.is_watched:
                 process.wait()
             for chunk in process:
-                taken[chunk.stream].append(chunk.data)
-                if chunk.stream in calls:
-                    calls[chunk.stream](chunk.data)
-            verdict = process.wait()
-        stdout, stderr = (b"".join(pieces) for pieces in taken.values())
-        shown = self._args if args is None else tuple(args)
-        if not text:
-            return Result(shown, stdout, stderr, verdict, process.truncated)
-        return Result(
-            shown, stdout.decode(errors="replace"), stderr.decode(errors="replace"), verdict, process.truncated
-        )
+                output.take(chunk)
+            return output.result(self._shown(args), process.wait(), truncated=process.truncated)
 
     def stream(
         self, args: Sequence[str] | None = None, *, input: str | bytes | None = None, **options: Unpack[RunOptions]
@@ -283,6 +273,9 @@ class Sandbox:
         With ``input`` that is all that it reads; without, ``Process.write`` gives it.
         """
         return self._launch(args, input, options, held=True)
+
+    def _shown(self, args: Sequence[str] | None) -> tuple[str, ...]:
+        return self._args if args is None else tuple(args)
 
     def _launch(
         self, args: Sequence[str] | None, input: str | bytes | None, options: RunOptions, *, held: bool
@@ -417,7 +410,7 @@ class Sandbox:
         assert base is not None
         if isinstance(args, str | bytes):
             raise InvalidArgument("args is one text: give a list, such as ['sh', '-c', 'ls | wc -l']")
-        words = self._args if args is None else tuple(args)
+        words = self._shown(args)
         if not words:
             raise InvalidArgument("args: no command, and neither bundle nor image has one")
         for word in words:
@@ -452,16 +445,3 @@ def _check_environment(env: Mapping[str, str]) -> dict[str, str]:
         if not isinstance(name, str) or not isinstance(value, str) or not name or "=" in name or "\0" in name + value:
             raise InvalidArgument(f"env: {name!r} is not the name of a variable with a text")
     return dict(env)
-
-
-def _decoded(call: Callback, text: bool) -> Callable[[bytes], None]:
-    """Return what calls ``call`` with each piece, as text if that is wanted: whole characters only."""
-    import codecs
-
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-
-    def tell(data: bytes) -> None:
-        if piece := decode(data) if text else data:
-            call(piece)
-
-    return tell
