@@ -43,19 +43,6 @@ _STARTS_OF_THEIR_OWN = (
 )
 # What an agent does with a configuration, once it serves, hardly depends on how it came to that: `make soak`.
 _SELDOM_COLD = ("test_config_rules.py", "test_lifecycle_rules.py", "test_sandbox")
-_COLD = (
-    "test_config_rules.py",
-    "test_lifecycle_rules.py",
-    "test_restored.py",
-    "test_containerd.py",
-    "test_containerd_kills.py",
-    "test_cri.py",
-    "test_cri_kills.py",
-    "test_cri_streaming.py",
-    "test_docker.py",
-    "test_played_engines.py",
-    "test_installed_engines.py",
-)
 _COLD = "[hypervisor]\ntemplate = false\n"
 
 
