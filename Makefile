@@ -61,6 +61,7 @@ unit: .venv/installed ## the tests that need no root and no virtual machine
 
 soak: setup ## the long tests; as root
 	@$(BIN)/pytest -q -m soak tests
+	@unshare --mount --propagation private $(BIN)/pytest -q -m 'not soak' tests/functional --starts cold --seldom
 
 bench: setup ## measure, and write docs/performance.md; BENCH='--quick --only start' and more: bench/run.py; as root
 	@scripts/setup bench-tools
@@ -69,7 +70,7 @@ bench: setup ## measure, and write docs/performance.md; BENCH='--quick --only st
 lint: .venv/installed ## ruff, mypy --strict, the layers
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
-	@for code in 'katapy guest-agent/katapy_agent' images default-root guest-kernel bench scripts guest-agent/tests tests/conftest.py $(wildcard tests/*/); do \
+	@for code in 'katapy guest-agent/katapy_agent' images default-root guest-kernel bench scripts examples guest-agent/tests tests/conftest.py $(wildcard tests/*/); do \
 		$(BIN)/mypy --no-error-summary $$code || exit 1; done
 	@PYTHONPATH=guest-agent $(BIN)/lint-imports --no-logo
 

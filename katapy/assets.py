@@ -292,6 +292,8 @@ def install_root(data_dir: Path, built: Path, *, inputs: str) -> Root:
 
     Where the same tree is there already it stays, since it may be in use, and only its description is new.
     """
+    from katapy import linux
+
     place = data_dir / "root" / _tree_digest(built / _ROOTFS)
     try:
         facts = {"schema": _SCHEMA, "created": time.time(), "inputs": inputs, "files": {}, **_read(built / _FACTS)}
@@ -301,7 +303,7 @@ def install_root(data_dir: Path, built: Path, *, inputs: str) -> Root:
         else:
             _write_json(built / _ROOT_JSON, facts)
             built.chmod(0o755)
-            os.sync()  # some thousand files
+            _sync(built, linux.syncfs)  # some thousand files
             place.parent.mkdir(exist_ok=True, mode=0o755)
             if place.exists():
                 _discard(data_dir, place)
@@ -362,10 +364,10 @@ def _discard(data_dir: Path, directory: Path) -> None:
         directory.rename(trash / directory.name)
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, sync: Callable[[int], None] = os.fsync) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        sync(fd)
     finally:
         os.close(fd)
 

@@ -264,7 +264,8 @@ class Runtime:
     """Section ``[runtime]``; times in seconds."""
 
     data_dir: Path = field(
-        default=Path("/var/lib/katapy"), metadata=_key(_path, "Where guest images, kernels and templates are kept.")
+        default=Path("/var/lib/katapy"),
+        metadata=_key(_path, "Where guest images, kernels, root file systems and templates are kept."),
     )
     boot_timeout: float = field(
         default=120.0,

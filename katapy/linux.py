@@ -48,6 +48,7 @@ MOUNT_ATTR_NOSUID: Final = 0x2
 MOUNT_ATTR_NODEV: Final = 0x4
 MOUNT_ATTR_NOEXEC: Final = 0x8
 
+RESOLVE_NO_XDEV: Final = 0x01
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
@@ -103,6 +104,11 @@ def setns(fd: int, kind: int) -> None:
 def prctl(option: int, value: int = 0) -> int:
     """Operate on the calling process (prctl(2))."""
     return _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), "prctl")
+
+
+def syncfs(fd: int) -> None:
+    """Write the file system of ``fd`` to its disk (syncfs(2))."""
+    _check(_libc.syncfs(fd), "syncfs")
 
 
 def bpf(command: int, attributes: bytes) -> int:

@@ -38,6 +38,7 @@ _VERBS: Final = {
     "list": "inspect",
     "ps": "observe",
     "events": "observe",
+    "sandbox": "sandbox",
     "spec": "spec",
     "features": "features",
     "check": "check",

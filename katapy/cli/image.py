@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,11 @@ def list_assets(style: str) -> None:
 
 @image.command("rm")
 @click.argument("digests", metavar="DIGEST...", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="Remove all images, kernels and default roots.")
+@click.option("--all", "everything", is_flag=True, help="Remove all images, kernels and root file systems.")
 def remove(digests: tuple[str, ...], everything: bool) -> None:
     """Remove guest images by the first digits of their digests. Virtual machines that run are not affected.
 
-    A default root that a sandbox uses stays.
+    A root file system that a sandbox uses stays.
 
     \b
     Examples:
@@ -93,8 +94,15 @@ def remove(digests: tuple[str, ...], everything: bool) -> None:
     require_root("remove a guest image")
     # One by one: what is removed is told, also where a later one is not there.
     removed = (assets.remove_image(_data_dir(), digest) for digest in digests)
-    for name in assets.remove_all(_data_dir()) if everything else removed:
+    for name in _remove_everything() if everything else removed:
         click.echo(name)
+
+
+def _remove_everything() -> Iterator[str]:
+    from katapy.storage.image_root import remove_unused
+
+    yield from assets.remove_all(_data_dir())
+    yield from remove_unused(_data_dir() / "roots")
 
 
 def _data_dir() -> Path:

@@ -239,11 +239,18 @@ class Sandbox:
         if exec_id and process.status is Status.CREATED:
             process.finish(_KILLED, oom_killed=False)
             return
-        machine = self._alive()
-        if number == signal.SIGKILL and not exec_id:
-            await self._signals.kill(machine, container, everyone=everyone)
-        else:
-            await self._signals.send(machine, process, number, everyone=everyone)
+        try:
+            machine = self._alive()
+            if number == signal.SIGKILL and not exec_id:
+                await self._signals.kill(machine, container, everyone=everyone)
+            else:
+                await self._signals.send(machine, process, number, everyone=everyone)
+        except KatapyError as error:
+            if self._machine is None or self._machine.failed_with() is None:
+                raise
+            # It has ended with its VM, and whoever is told so looks at once.
+            await process.exited.wait()
+            raise NotFound("os: process already finished") from error
 
     async def pause(self, container_id: str) -> None:
         """Freeze a running container."""

@@ -8,10 +8,10 @@ import secrets
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from katapy.client.leftovers import gone
 from katapy.client.pod import Launch, Pod
@@ -20,6 +20,9 @@ from katapy.oci.bundle import CONFIG, Bundle, load_bundle
 from katapy.sdk.process import host_cpu_seconds
 from katapy.state import ProcessRef
 from katapy.storage.layer import DIRECTORY
+
+if TYPE_CHECKING:
+    from katapy.sdk.pool import Lease
 
 _QEMU: Final = "QEMU"
 # Below that nothing can be written any more.
@@ -30,25 +33,44 @@ BUSYBOX: Final = "/bin/busybox"
 class Vm:
     """A running VM with a container that holds it."""
 
-    def __init__(self, launch: Launch, document: Mapping[str, Any]) -> None:
-        """Start one; ``document`` is the config.json of what holds it. Raises KatapyError; nothing is left then."""
-        self.launch = launch
-        self.id = f"sandbox-{secrets.token_hex(6)}"
-        self._root = -1
+    def __init__(self, launch: Launch, sandbox_id: str, pod: Pod, end: Callable[[], object]) -> None:
+        """Take over one that was started; ``end`` removes it. Raises KatapyError."""
+        self.launch, self.id = launch, sandbox_id
+        self._pod, self._end = pod, end
         self._ended = False
         self._lock = threading.Lock()
+        state = pod.state()
+        self.accelerator = state.accelerator
+        self._qemu = next(each for each in state.helpers if each.name == _QEMU)
+        self._root = self._open_root(state.shim)
+
+    @classmethod
+    def start(cls, launch: Launch, document: Mapping[str, Any]) -> Vm:
+        """Start one; ``document`` is the config.json of what holds it. Raises KatapyError; nothing is left then."""
+        sandbox_id = f"sandbox-{secrets.token_hex(6)}"
         with written(document) as bundle:
-            self._pod = Pod.begin(launch, self.id, bundle)
+            pod = Pod.begin(launch, sandbox_id, bundle)
             try:
-                self._pod.create(bundle, streams=False)
-                self._pod.start()
-                state = self._pod.state()
-                self.accelerator = state.accelerator
-                self._qemu = next(each for each in state.helpers if each.name == _QEMU)
-                self._root = self._open_root(state.shim)
+                pod.create(bundle, streams=False)
+                pod.start()
+                return cls(launch, sandbox_id, pod, pod.discard)
             except BaseException:
-                self.close()
+                pod.discard()
                 raise
+
+    @classmethod
+    def take(cls, launch: Launch, lease: Lease) -> Vm:
+        """Take over one of a pool's. Raises KatapyError, and the pool removes it."""
+        try:
+            pod = Pod.connect(launch.root, lease.id)
+            try:
+                return cls(launch, lease.id, pod, lease.close)
+            except BaseException:
+                pod.close()
+                raise
+        except BaseException:
+            lease.close()
+            raise
 
     def begin(self, container_id: str, bundle: Bundle) -> Pod:
         """Make the state of one more container. Raises KatapyError."""
@@ -97,10 +119,10 @@ class Vm:
             if self._ended:
                 return
             self._ended = True
-            self._pod.discard()
-            if self._root >= 0:
-                os.close(self._root)
-                self._root = -1
+        root, self._root = self._root, -1
+        os.close(root)
+        self._end()
+        self._pod.close()
 
     def _open_root(self, shim: ProcessRef | None) -> int:
         """Open the writable layer, which is mounted in the shim's mount namespace and nowhere else."""

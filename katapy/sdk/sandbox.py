@@ -10,19 +10,23 @@ Importing costs little and needs no privilege; to start one, root is needed. Met
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, overload
 
-from katapy.errors import InvalidArgument, InvalidState, NotStarted, PermissionDenied, Unavailable
+from katapy.errors import InvalidArgument, InvalidState, KatapyError, NotStarted, PermissionDenied, Unavailable
 from katapy.sdk.limits import check_seconds, make_limits, parse_size
+from katapy.sdk.output import Callback, Output
 from katapy.sdk.result import Result
+from katapy.state import DEFAULT_ROOT
 
 if TYPE_CHECKING:  # loaded when one is started
+    from katapy.client.pod import Launch
     from katapy.sdk.document import Base, Command, User
     from katapy.sdk.files import Files
     from katapy.sdk.machine import Vm
@@ -34,7 +38,6 @@ _CREATE_SECONDS: Final = 60.0
 _USER: Final = re.compile(r"(\d{1,10})(?::(\d{1,10}))?")
 _ID_MAX: Final = (1 << 32) - 2
 PathLike = str | os.PathLike[str]
-Callback = Callable[[Any], object]
 
 
 class RunOptions(TypedDict, total=False):
@@ -79,7 +82,9 @@ class Sandbox:
         ro: Mapping[PathLike, str] | None = None,
         rw: Mapping[PathLike, str] | None = None,
         fresh: bool = False,
+        pool: PathLike | None = None,
         config: PathLike | None = None,
+        state_dir: PathLike | None = None,
     ) -> None:
         """Describe a sandbox; nothing is started yet.
 
@@ -91,7 +96,9 @@ class Sandbox:
         ``timeout`` and ``cpu_time`` are seconds of one run, None for no limit. ``network`` names a network namespace,
         by default there is none at all. ``env``, ``cwd`` and ``user`` ("uid[:gid]") are each run's defaults. ``ro`` and
         ``rw`` map paths of the host to paths in the sandbox. With ``fresh`` every run has a VM of its own.
-        ``config`` is a configuration file of katapy's.
+        ``pool`` is the socket of a pool (`katapy sandbox --serve`) to take the VM from, if it has one like that; by
+        default the host's, "" for none.
+        ``config`` is a configuration file of katapy's, ``state_dir`` where the state of its containers is, /run/katapy.
         Raises InvalidArgument.
         """
         self._given = {name: value for name, value in locals().items() if name not in ("self", "fresh")}
@@ -113,7 +120,8 @@ class Sandbox:
         self._env = _check_environment(env or {})
         self._cwd, self._user = cwd, user
         self._ro, self._rw = dict(ro or {}), dict(rw or {})
-        self._fresh = fresh
+        self._fresh, self._pool = fresh, pool
+        self._state_dir = Path(DEFAULT_ROOT if state_dir is None else state_dir).absolute()
         self._config = None if config is None else Path(config).absolute()
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
@@ -136,6 +144,22 @@ class Sandbox:
         if self._vm is None:
             raise InvalidState("the sandbox is not started")
         return self._vm.id
+
+    @property
+    def shape(self) -> str:
+        """What two sandboxes must have in common so that the VM of one can be the other's."""
+        base = self._base
+        if base is None:
+            raise InvalidState("the sandbox is not started")
+        limits = base.limits
+        config = None if self._config is None else str(self._config)
+        parts = (base.rootfs, limits.memory, limits.cpus, limits.disk, limits.inodes, base.network, config)
+        return json.dumps(parts)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its VM is started and runs."""
+        return self._vm is not None and self._vm.alive()
 
     @property
     def accelerator(self) -> str:
@@ -223,23 +247,13 @@ class Sandbox:
                 return twin.run(  # type: ignore[call-overload,no-any-return]  # text decides of which type it is
                     args, text=text, input=input, on_stdout=on_stdout, on_stderr=on_stderr, fresh=False, **options
                 )
-        calls = {name: _decoded(call, text) for name, call in (("stdout", on_stdout), ("stderr", on_stderr)) if call}
-        taken: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
-        with self._launch(args, input or b"", options, held=bool(calls)) as process:
-            if not calls:
+        output = Output(text=text, on_stdout=on_stdout, on_stderr=on_stderr)
+        with self._launch(args, input or b"", options, held=output.is_watched) as process:
+            if not output.is_watched:
                 process.wait()
             for chunk in process:
-                taken[chunk.stream].append(chunk.data)
-                if chunk.stream in calls:
-                    calls[chunk.stream](chunk.data)
-            verdict = process.wait()
-        stdout, stderr = (b"".join(pieces) for pieces in taken.values())
-        shown = self._args if args is None else tuple(args)
-        if not text:
-            return Result(shown, stdout, stderr, verdict, process.truncated)
-        return Result(
-            shown, stdout.decode(errors="replace"), stderr.decode(errors="replace"), verdict, process.truncated
-        )
+                output.take(chunk)
+            return output.result(self._shown(args), process.wait(), truncated=process.truncated)
 
     def stream(
         self, args: Sequence[str] | None = None, *, input: str | bytes | None = None, **options: Unpack[RunOptions]
@@ -259,6 +273,9 @@ class Sandbox:
         With ``input`` that is all that it reads; without, ``Process.write`` gives it.
         """
         return self._launch(args, input, options, held=True)
+
+    def _shown(self, args: Sequence[str] | None) -> tuple[str, ...]:
+        return self._args if args is None else tuple(args)
 
     def _launch(
         self, args: Sequence[str] | None, input: str | bytes | None, options: RunOptions, *, held: bool
@@ -338,7 +355,6 @@ class Sandbox:
         from katapy.client.pod import Launch
         from katapy.sdk import document, machine
         from katapy.sdk.root import Wanted, open_root
-        from katapy.state import DEFAULT_ROOT
 
         if os.geteuid() != 0:
             raise PermissionDenied("a sandbox is started as root: katapy mounts file systems and makes cgroups")
@@ -358,11 +374,26 @@ class Sandbox:
                 process=root.process,
                 mounts=root.mounts,
             )
-            launch = Launch(Path(DEFAULT_ROOT), self._config, False, True, False)
+            launch = Launch(self._state_dir, self._config, False, True, False)
             with machine.starting("the sandbox"):
-                vm = machine.Vm(launch, document.holder(self._base, machine.find_busybox()))
+                vm = self._from_pool(launch)
+                if vm is None:
+                    vm = machine.Vm.start(launch, document.holder(self._base, machine.find_busybox()))
             self._held = stack.pop_all()
         return vm
+
+    def _from_pool(self, launch: Launch) -> Vm | None:
+        """Return a VM of a pool's, None where none is to be had."""
+        from katapy.sdk import machine, pool
+
+        path = pool.chosen(self._pool, self._state_dir)
+        lease = None if path is None else pool.lease(path, self.shape)
+        if lease is None:
+            return None
+        try:
+            return machine.Vm.take(launch, lease)
+        except (KatapyError, StopIteration):
+            return None  # it has died meanwhile
 
     def _shared(self, paths: Mapping[PathLike, str], *, read_only: bool) -> Iterator[Any]:
         from katapy.sdk.document import Shared
@@ -379,7 +410,7 @@ class Sandbox:
         assert base is not None
         if isinstance(args, str | bytes):
             raise InvalidArgument("args is one text: give a list, such as ['sh', '-c', 'ls | wc -l']")
-        words = self._args if args is None else tuple(args)
+        words = self._shown(args)
         if not words:
             raise InvalidArgument("args: no command, and neither bundle nor image has one")
         for word in words:
@@ -414,16 +445,3 @@ def _check_environment(env: Mapping[str, str]) -> dict[str, str]:
         if not isinstance(name, str) or not isinstance(value, str) or not name or "=" in name or "\0" in name + value:
             raise InvalidArgument(f"env: {name!r} is not the name of a variable with a text")
     return dict(env)
-
-
-def _decoded(call: Callback, text: bool) -> Callable[[bytes], None]:
-    """Return what calls ``call`` with each piece, as text if that is wanted: whole characters only."""
-    import codecs
-
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-
-    def tell(data: bytes) -> None:
-        if piece := decode(data) if text else data:
-            call(piece)
-
-    return tell

@@ -21,7 +21,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from katapy.client.namespace import network_command
 from katapy.config import Config
-from katapy.errors import InvalidArgument, KatapyError, Unsupported
+from katapy.errors import InvalidArgument, KatapyError, NotFound, Unsupported
 from katapy.oci.process import parse_process
 from katapy.proto import events_pb2 as events
 from katapy.proto import task_pb2 as pb
@@ -141,7 +141,7 @@ class TaskService:
 
     async def state(self, request: pb.StateRequest) -> pb.StateResponse:
         """Answer from memory, whatever the VM does."""
-        process = self._sandbox.process(request.id, request.exec_id)
+        process = self._process(request.id, request.exec_id)
         end = _end_of(process)
         return pb.StateResponse(
             id=request.id,
@@ -173,6 +173,7 @@ class TaskService:
 
     async def kill(self, request: pb.KillRequest) -> Empty:
         """Send a signal."""
+        self._process(request.id, request.exec_id)
         await self._sandbox.kill(request.id, request.exec_id, request.signal, everyone=request.all)
         return Empty()
 
@@ -194,7 +195,7 @@ class TaskService:
 
     async def wait(self, request: pb.WaitRequest) -> pb.WaitResponse:
         """Answer when the process has ended."""
-        process = self._sandbox.process(request.id, request.exec_id)
+        process = self._process(request.id, request.exec_id)
         await process.exited.wait()
         end = _end_of(process)
         assert end is not None
@@ -202,7 +203,7 @@ class TaskService:
 
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         """Remove a container or a process that has ended."""
-        process = self._sandbox.process(request.id, request.exec_id)
+        process = self._process(request.id, request.exec_id)
         bundle = self._sandbox.bundle(request.id)
         if process.exited.is_set():
             await self._stand_ins.drain(process)
@@ -248,6 +249,7 @@ class TaskService:
 
     async def pids(self, request: pb.PidsRequest) -> pb.PidsResponse:
         """List the processes of a container by the pids of those that stand for them on the host."""
+        self._process(request.id)
         processes = []
         for pid, exec_id in self._sandbox.pids(request.id):
             info = pb.ProcessInfo(pid=pid)
@@ -259,7 +261,7 @@ class TaskService:
 
     async def connect(self, request: pb.ConnectRequest) -> pb.ConnectResponse:
         """Say who serves."""
-        process = self._sandbox.process(request.id)
+        process = self._process(request.id)
         return pb.ConnectResponse(shim_pid=os.getpid(), task_pid=process.host_pid, version="v2")
 
     async def shutdown(self, request: pb.ShutdownRequest) -> Empty:
@@ -273,6 +275,16 @@ class TaskService:
         for key in list(self._followed):
             await self._unfollow(*key)
         await self._stand_ins.close()
+
+    def _process(self, container_id: str, exec_id: str = "") -> GuestProcess:
+        """Return a process. Raises NotFound, to an engine also until Create has answered.
+
+        One that was killed meanwhile comes back, and what it finds then is being undone: it must not count on it.
+        """
+        process = self._sandbox.process(container_id, exec_id)
+        if container_id not in self._mounted and not process.stdio.attached:
+            raise NotFound(f"container {container_id!r} does not exist: it was not created")
+        return process
 
     def _follow(self, process: GuestProcess) -> None:
         """Tell the engine of the end of a process that it has asked for; of the command line's it knows nothing."""

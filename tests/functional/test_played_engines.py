@@ -12,13 +12,15 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
-from harness import make_bundle
+from google.protobuf.message import Message
+from harness import await_true, make_bundle
 from player import (
     ADDRESS,
     FAILED_PRECONDITION,
@@ -385,6 +387,7 @@ class Containerd:
         def edit(spec: dict[str, Any]) -> None:
             spec["root"] = {"path": "rootfs"}
             spec["annotations"] = config.get("annotations", {})
+            spec["hooks"] = config.get("hooks", {})
             spec["linux"]["namespaces"] = config["namespaces"]
             spec["linux"]["cgroupsPath"] = f"/{self.directory.name}/{container}"
 
@@ -538,6 +541,73 @@ def test_a_pod_of_containerd_s(containerd: Containerd, busybox: Path) -> None:
     with pytest.raises(Closed):
         waiting()
     assert containerd.clean_up("p1", bundle).exit_status == 137
+
+
+def test_killed_in_a_create(containerd: Containerd, busybox: Path) -> None:
+    """A daemon that is started again finds no task that it was killed in the middle of creating: it is being undone.
+
+    One that was "created", and could neither be killed nor deleted, kept its pod from being stopped.
+    """
+    directory = containerd.directory
+
+    def hook(name: str) -> list[dict[str, object]]:
+        os.mkfifo(directory / name)
+        script = f"touch {directory}/in-{name}; read _ < {directory}/{name}"
+        return [{"path": "/bin/sh", "args": ["sh", "-c", script]}]
+
+    calls: dict[str, tuple[Message, type[Message]]] = {
+        "Connect": (pb.ConnectRequest(id="c1"), pb.ConnectResponse),
+        "State": (pb.StateRequest(id="c1"), pb.StateResponse),
+        "Pids": (pb.PidsRequest(id="c1"), pb.PidsResponse),
+        "Wait": (pb.WaitRequest(id="c1"), pb.WaitResponse),
+        "Kill": (pb.KillRequest(id="c1", signal=signal.SIGKILL), Empty),
+        "Delete": (pb.DeleteRequest(id="c1"), pb.DeleteResponse),
+    }
+
+    def assert_not_there(task: Task) -> None:
+        for method, (request, response) in calls.items():
+            assert refusal(lambda: task.call(method, request, response)) == NOT_FOUND, method  # noqa: B023
+
+    hooks = {point: hook(point) for point in ("createRuntime", "poststop")}
+    kinds = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]
+    with ThreadPoolExecutor(1) as threads:
+        creating = threads.submit(
+            containerd.create, "c1", busybox, *SLEEP, service=TASK_V2, namespaces=kinds, hooks=hooks
+        )
+        await_true((directory / "in-createRuntime").exists)
+        (first,) = containerd.program.connections
+        bundle = directory / "io.containerd.runtime.v2.task" / containerd.namespace / "c1"
+        task = Task(containerd.program.connect((bundle / "address").read_text()))
+        assert_not_there(task)
+        first.close()
+        await_true((directory / "in-poststop").exists)
+        assert_not_there(task)
+        (directory / "poststop").write_text("go on\n")
+        with pytest.raises(Closed):
+            creating.result()
+    assert task.connection.wait_closed()
+    assert containerd.clean_up("c1", bundle).exit_status == 137
+
+
+def test_signals_while_the_vm_dies(containerd: Containerd, busybox: Path) -> None:
+    """What cannot be signalled because its VM has died has ended: any other error is one of the engine's stop."""
+    kinds = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]
+    task, bundle = containerd.create("c1", busybox, *SLEEP, service=TASK_V2, namespaces=kinds)
+    task.start("c1")
+    saved = json.loads((containerd.root / "c1" / "state.json").read_text())
+    pids = {each["name"]: each["pid"] for each in saved["helpers"]}
+    os.kill(pids["QEMU"], signal.SIGSTOP)
+    killed = task.connection.begin("Kill", pb.KillRequest(id="c1", signal=signal.SIGTERM))
+    # What was sent before is under way when this is answered.
+    assert task.state("c1").status == pb.RUNNING
+    os.kill(pids["virtiofsd"], signal.SIGKILL)
+    assert refusal(lambda: Connection.take(killed, Empty)) == NOT_FOUND
+    state = task.state("c1")
+    assert (state.status, state.exit_status) == (pb.STOPPED, 137)
+    task.delete("c1")
+    task.shutdown("c1")
+    assert task.connection.wait_closed()
+    containerd.clean_up("c1", bundle)
 
 
 def test_a_network_that_comes_before_the_start(containerd: Containerd, busybox: Path) -> None:

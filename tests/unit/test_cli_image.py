@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import click.testing
 import pytest
 
-from katapy import assets
+from katapy import assets, held
 from katapy.assets import KernelKind
 from katapy.cli.image import image
 from katapy.cli.table import age
@@ -110,3 +110,16 @@ def test_root_only(data: Path, monkeypatch: pytest.MonkeyPatch, command: list[st
 def test_age(monkeypatch: pytest.MonkeyPatch, seconds: int, text: str) -> None:
     monkeypatch.setattr("time.time", lambda: 1000.0 + seconds)
     assert age(1000.0) == text
+
+
+def test_rm_all_takes_roots_too_that_nobody_uses(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    used, unused = data / "roots/1", data / "roots/2"
+    for place in (used, unused):
+        place.mkdir(parents=True)
+    with assets.hold_root(data) as root, held.hold(used):
+        removed = run(data, "rm", "--all").stdout.splitlines()
+        assert root.digest not in removed
+        assert "2" in removed
+        assert used.exists()
+    assert run(data, "rm", "--all").stdout.splitlines() == [root.digest, "1"]
