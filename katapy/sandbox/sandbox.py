@@ -481,14 +481,14 @@ class Sandbox:
     async def _watch(self, process: GuestProcess) -> None:
         machine = self._alive()
         try:
-            status, oom_killed = await machine.guarded(machine.agent.wait(process.container_id, process.exec_id))
+            end = await machine.guarded(machine.agent.wait(process.container_id, process.exec_id))
         except KatapyError as error:
             process.lose(error)
         else:
-            if oom_killed and not process.exec_id and (container := self._containers.get(process.container_id)):
+            if end.oom_killed and not process.exec_id and (container := self._containers.get(process.container_id)):
                 # Whoever hears of the end looks for it at once.
                 self._host.tell_oom(container)
-            process.finish(status, oom_killed=oom_killed)
+            process.finish(end.status, oom_killed=end.oom_killed, signal=end.signal)
         if not process.exec_id and (container := self._containers.get(process.container_id)):
             container.record.stopped(process.exit.status if process.exit else _KILLED)
             container.changed()
