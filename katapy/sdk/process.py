@@ -101,7 +101,7 @@ class Process:
         self._wake_writer.setblocking(False)
         self._input = bytearray(stdin or b"")
         self._input_ends = stdin is not None
-        self._chunks: deque[Chunk] = deque()
+        self._chunks: deque[tuple[str, bytearray]] = deque()
         self._waiting = 0  # bytes in _chunks
         self._printed = 0
         self.truncated = False
@@ -186,10 +186,10 @@ class Process:
                 raise Timeout(f"{self._name} has printed nothing for {timeout:g} s")
             if not self._chunks:
                 return None
-            chunk = self._chunks.popleft()
-            self._waiting -= len(chunk.data)
+            name, data = self._chunks.popleft()
+            self._waiting -= len(data)
         self._wake()
-        return chunk
+        return Chunk(name, bytes(data))
 
     def __iter__(self) -> Iterator[Chunk]:
         while (chunk := self.read()) is not None:
@@ -311,7 +311,11 @@ class Process:
             taken = data[: max(self._bounds.output - self._printed, 0)]
             self._printed += len(taken)
             if taken:
-                self._chunks.append(Chunk(name, taken))
+                # Many small pieces would take more memory than what is in them.
+                if self._chunks and self._chunks[-1][0] == name and len(self._chunks[-1][1]) < _CHUNK:
+                    self._chunks[-1][1].extend(taken)
+                else:
+                    self._chunks.append((name, bytearray(taken)))
                 self._waiting += len(taken)
                 self._condition.notify_all()
             if len(taken) < len(data):
