@@ -61,6 +61,7 @@ unit: .venv/installed ## the tests that need no root and no virtual machine
 
 soak: setup ## the long tests; as root
 	@$(BIN)/pytest -q -m soak tests
+	@unshare --mount --propagation private $(BIN)/pytest -q -m 'not soak' tests/functional --starts cold --seldom
 
 bench: setup ## measure, and write docs/performance.md; BENCH='--quick --only start' and more: bench/run.py; as root
 	@scripts/setup bench-tools

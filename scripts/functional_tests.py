@@ -1,7 +1,8 @@
-"""Runs the tests on virtual machines, restored ones and booted ones at once, as neither keeps two cores busy.
+"""Runs the tests on virtual machines in two lanes at once, as neither keeps two cores busy.
 
-functional_tests.py [ARGUMENT OF PYTEST...]. Each of the two sees its own mounts alone; what the second one prints comes
-last. The exit status is 0 where both pass.
+functional_tests.py [ARGUMENT OF PYTEST...]. In one VMs are restored from templates; in the other they are booted, and
+then come the tests of sandboxes. Each run sees its own mounts alone; what the second lane prints comes last. The exit
+status is 0 where all pass.
 """
 
 from __future__ import annotations
@@ -10,34 +11,60 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 SOURCE = Path(__file__).resolve().parents[1]
-COLD_LOG = SOURCE / "build/functional-cold.log"
-PYTEST = ["unshare", "--mount", "--propagation", "private", ".venv/bin/pytest", "-q", "tests/functional"]
+LOG = SOURCE / "build/functional.log"
+PYTEST = ["unshare", "--mount", "--propagation", "private", ".venv/bin/pytest", "-q"]
+SANDBOXES = "tests/functional/test_sandbox*.py"
+NO_TESTS = 5
 
 
 def main() -> int:
     """Run the tests."""
     arguments = sys.argv[1:] or ["-m", "not soak"]
-    COLD_LOG.parent.mkdir(exist_ok=True)
-    with COLD_LOG.open("wb") as log:
-        warm = subprocess.Popen([*PYTEST, *arguments], cwd=SOURCE)
-        cold = subprocess.Popen([*PYTEST, *arguments, "--starts", "cold"], cwd=SOURCE, stdout=log, stderr=log)
+    sandboxes = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.glob(SANDBOXES))
+    first = [[*PYTEST, "tests/functional", f"--ignore-glob={SANDBOXES}", *arguments]]
+    second = [
+        [*PYTEST, "tests/functional", f"--ignore-glob={SANDBOXES}", *arguments, "--starts", "cold"],
+        [*PYTEST, *sandboxes, *arguments],
+    ]
+    running: list[subprocess.Popen[bytes]] = []
+    interrupted = threading.Event()
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        # Which lets them end what they have started. A terminal has told both already.
-        for process in (warm, cold):
+        # Which lets them end what they have started. A terminal has told them already.
+        interrupted.set()
+        for process in running:
             process.send_signal(signal.SIGINT)
 
     signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    statuses = [warm.wait(), cold.wait()]
-    print("tests/functional --starts cold:", flush=True)
-    with COLD_LOG.open("rb") as printed:
+    signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+
+    def run(lane: list[list[str]], output: BinaryIO | None) -> None:
+        for command in lane:
+            if interrupted.is_set():
+                return
+            process = subprocess.Popen(command, cwd=SOURCE, stdout=output, stderr=output)
+            running.append(process)
+            # Of what is chosen by the arguments a lane may have none.
+            if process.wait() not in (0, NO_TESTS):
+                failed.set()
+
+    failed = threading.Event()
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("wb") as log:
+        lane = threading.Thread(target=run, args=(second, log))
+        lane.start()
+        run(first, None)
+        lane.join()
+    print("tests/functional --starts cold, and sandboxes:", flush=True)
+    with LOG.open("rb") as printed:
         shutil.copyfileobj(printed, sys.stdout.buffer)
-    return int(any(statuses))
+    return int(interrupted.is_set() or failed.is_set())
 
 
 if __name__ == "__main__":

@@ -227,6 +227,10 @@ class Cgroup:
                     found.update(map(int, procs.read().split()))
         return sorted(found)
 
+    def limit_pids(self, number: int) -> None:
+        """Let so many processes be in it, and in those below it."""
+        self._set("pids.max", str(number))
+
     def kill(self) -> None:
         """Send SIGKILL to every process in the leaf and below it, at once. Does nothing when it is gone."""
         with doing(f"kill what is in cgroup {self.path.name}"), contextlib.suppress(FileNotFoundError):

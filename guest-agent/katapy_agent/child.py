@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final, NoReturn
 
 from katapy_agent import cgroups, hooks, linux, mounts, namespaces, privileges, rootfs, schema, seccomp, terminal
-from katapy_agent.config import Hooks, Personality, Process, Spec
+from katapy_agent.config import Hooks, NamespaceType, Personality, Process, Spec
 from katapy_agent.errors import (
     CommandNotExecutable,
     CommandNotFound,
@@ -35,8 +35,11 @@ from katapy_agent.errors import (
 from katapy_agent.resources import Resources
 from katapy_agent.schema import Range
 
+# In a container's annotations, "true": its program is not pid 1, so that signals end it as they end any other.
+INIT: Final = "io.katapy.init"
 _MESSAGE_MAX: Final = 65536
 _TEXT_MAX: Final = 4096
+_DESCRIPTORS_MAX: Final = 1 << 20
 _NO_HOOKS: Final = Hooks()
 _Size = Annotated[int, Range(0, 2**16 - 1)]
 _Uid = Annotated[int, Range(0, 2**32 - 2)]
@@ -61,6 +64,7 @@ class InitPlan:
     columns: _Size
     filter: Filter | None = None
     joined: tuple[str, ...] = ()  # namespaces of another container's
+    below_init: bool = False
     state: str = "{}"  # what the hooks are told, without the pid
 
 
@@ -118,6 +122,7 @@ def plan_init(
         columns=columns or size.width,
         filter=_compile(spec),
         joined=tuple(joined),
+        below_init=spec.annotations.get(INIT) == "true" and NamespaceType.PID not in joined,
         state=json.dumps({**state, "annotations": dict(spec.annotations)}),
     )
     return {"init": schema.encode(plan), "terminal": plan.terminal}
@@ -235,7 +240,7 @@ def _build_container(plan: InitPlan, channel: Channel, streams: tuple[int, ...],
         spec.linux.time_offsets,
         joined=plan.joined,
     )
-    _fork(channel)
+    _fork(channel, below_init=plan.below_init)
     # From here on as the container's init.
     root = rootfs.build(spec, sources)
     if plan.terminal:
@@ -279,10 +284,15 @@ def _prepare(process: Process, streams: tuple[int, ...], stdio_uid: int | None) 
         privileges.give_streams(streams, stdio_uid)
 
 
-def _fork(channel: Channel) -> None:
-    """Go on in a child, which is in the new PID and time namespaces; the parent reports its pid and ends."""
+def _fork(channel: Channel, *, below_init: bool = False) -> None:
+    """Go on in a child, which is in the new PID and time namespaces; the parent reports its pid and ends.
+
+    With ``below_init`` another child is the first process of that PID namespace, and reaps for it.
+    """
     ended, end = os.pipe()
     with doing("fork into the container"):
+        if below_init and os.fork() == 0:
+            _reap_only()
         pid = os.fork()
     if pid:
         channel.say({"pid": pid})
@@ -292,6 +302,17 @@ def _fork(channel: Channel) -> None:
     os.read(ended, 1)
     os.close(ended)
     os.setsid()
+
+
+def _reap_only() -> NoReturn:
+    """Be the init of a PID namespace, until the agent kills all that is in the container."""
+    os.setsid()
+    # Above all the control socket, whose end says that the program runs.
+    os.closerange(0, _DESCRIPTORS_MAX)
+    # The kernel reaps for who ignores this.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        signal.pause()
 
 
 def _open_terminal(root: int, rows: int, columns: int, channel: Channel) -> tuple[int, ...]:

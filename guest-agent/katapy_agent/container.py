@@ -40,6 +40,7 @@ from katapy_agent.stdio import Stdio, Streams
 _EXECS_MAX: Final = 512  # running in one container
 _ENDED_MAX: Final = 1024  # whose exit status is kept
 _KILL_DEADLINE: Final = 10.0
+_BUILDERS: Final = 2  # processes of ours that are in a container's cgroup while init is made
 _LIST_BYTES: Final = 2 << 20  # of commands in one answer
 
 
@@ -109,12 +110,16 @@ class Container:
             raise InvalidArgument(f"container {self.id}: config.json has no process")
         if streams.terminal != spec.process.terminal:
             raise InvalidArgument(f"container {self.id}: config.json and the streams disagree about the terminal")
+        resources = spec.linux.resources
+        pids = 0 if "pids.max" in resources.unified else resources.pids.limit
         async with AsyncExitStack() as undo:
             stdio = await Stdio.connect(self._services.exchange, streams)
             undo.callback(stdio.close)
-            cgroup = cgroups.Cgroup.create(self.id, spec.linux.resources)
+            cgroup = cgroups.Cgroup.create(self.id, resources)
             undo.push_async_callback(asyncio.to_thread, cgroup.remove)
             undo.callback(cgroup.kill)
+            if pids > 0:
+                cgroup.limit_pids(pids + _BUILDERS)
             plan = child.plan_init(
                 spec,
                 container_id=self.id,
@@ -127,6 +132,8 @@ class Container:
             init = await Process.build(
                 self._services.launcher, self._services.reaper, plan, stdio, joined.pidfd if joined else None
             )
+            if pids > 0:
+                cgroup.limit_pids(pids)
             undo.pop_all()
         self._spec, self._cgroup, self._init = spec, cgroup, init
         init.when_ended(self._init_ended)

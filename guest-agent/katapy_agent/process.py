@@ -21,6 +21,7 @@ class Process:
         self.pid = pid
         self.stdio = stdio
         self.exit_status: int | None = None
+        self.ended_by = 0  # a signal, 0 for none
         self._control = control
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -90,10 +91,11 @@ class Process:
         """Call ``call`` from the event loop once the process has ended."""
         self._ended.add_done_callback(lambda _future: call())
 
-    def _reaped(self, status: int) -> None:
-        self.exit_status = status
+    def _reaped(self, code: int) -> None:
+        self.ended_by = max(-code, 0)
+        self.exit_status = code if code >= 0 else 128 - code
         self.stdio.finish()
-        self._ended.set_result(status)
+        self._ended.set_result(self.exit_status)
 
 
 def check_signal(number: int) -> None:

@@ -29,16 +29,16 @@ class Reaper:
         self.reap()
 
     def watch(self, pid: int, ended: Callable[[int], None]) -> None:
-        """Call ``ended(exit_status)`` once when ``pid`` has ended, possibly before this returns.
+        """Call ``ended(code)`` once when ``pid`` has ended, possibly before this returns.
 
-        The exit status is 0 to 255, or 128 + N where signal N ended the process.
+        The code is its exit status, 0 to 255, or -N where signal N ended the process.
         """
-        status = self._unclaimed.pop(pid, None)
+        code = self._unclaimed.pop(pid, None)
         # A process that still exists has not been reaped: the status kept is that of an earlier owner of its pid.
-        if status is None or _exists(pid):
+        if code is None or _exists(pid):
             self._watched[pid] = ended
         else:
-            ended(status)
+            ended(code)
 
     def reap(self) -> None:
         """Collect everything that has ended."""
@@ -49,15 +49,15 @@ class Reaper:
                 return
             if pid == 0:
                 return
-            self._report(pid, _exit_status(wait_status))
+            self._report(pid, os.waitstatus_to_exitcode(wait_status))
 
-    def _report(self, pid: int, status: int) -> None:
+    def _report(self, pid: int, code: int) -> None:
         ended = self._watched.pop(pid, None)
         if ended is not None:
-            ended(status)
+            ended(code)
             return
         self._unclaimed.pop(pid, None)
-        self._unclaimed[pid] = status
+        self._unclaimed[pid] = code
         if len(self._unclaimed) > _UNCLAIMED_MAX:
             del self._unclaimed[next(iter(self._unclaimed))]
 
@@ -68,8 +68,3 @@ def _exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _exit_status(wait_status: int) -> int:
-    code = os.waitstatus_to_exitcode(wait_status)
-    return code if code >= 0 else 128 - code

@@ -124,8 +124,10 @@ class AgentService:
         return _EMPTY
 
     async def wait_process(self, request: pb.WaitProcessRequest) -> pb.WaitProcessResponse:
-        status = await self._process(request).wait()
-        return pb.WaitProcessResponse(exit_status=status, oom_killed=self._container(request).oom_killed())
+        process = self._process(request)
+        status = await process.wait()
+        oom_killed = self._container(request).oom_killed()
+        return pb.WaitProcessResponse(exit_status=status, oom_killed=oom_killed, signal=process.ended_by)
 
     async def remove_container(self, request: pb.RemoveContainerRequest) -> pb.Empty:
         await self._sandbox.remove_container(request.container_id)

@@ -103,6 +103,21 @@ def mount_memory(name: str, options: Mapping[str, str | None]) -> None:
         mount("tmpfs", target, _LOCKED, source="shm", options=options)
 
 
+def release_shared(container_id: str) -> None:
+    """Let go of what the host has shared with a container that is gone.
+
+    Each of its binds became a mount of its own when it was looked up, and what that has cached stays open on the host:
+    a file that was deleted would take room for as long as the VM lives.
+    """
+    prefix = f"{SHARED}/{container_id}/"
+    points = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for point in reversed(points):
+        if point.startswith(prefix):
+            # Gone with the mount that it was on.
+            with contextlib.suppress(OSError):
+                linux.umount(point, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+
+
 def unmount_shared() -> None:
     """Write everything back and unmount the host's share, where it is mounted. Raises KatapyError."""
     os.sync()

@@ -20,14 +20,14 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return pending
 
 
-@pytest.mark.parametrize(("wait_status", "exit_status"), [(0, 0), (7 << 8, 7), (255 << 8, 255), (9, 137), (15, 143)])
-def test_exit_status(ends: list[tuple[int, int]], wait_status: int, exit_status: int) -> None:
+@pytest.mark.parametrize(("wait_status", "code"), [(0, 0), (7 << 8, 7), (255 << 8, 255), (9, -9), (15, -15)])
+def test_exit_status(ends: list[tuple[int, int]], wait_status: int, code: int) -> None:
     seen: list[int] = []
     reaper = Reaper()
     reaper.watch(5, seen.append)
     ends.append((5, wait_status))
     reaper.reap()
-    assert seen == [exit_status]
+    assert seen == [code]
 
 
 def test_end_before_watch_is_told_once(ends: list[tuple[int, int]]) -> None:

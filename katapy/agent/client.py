@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import grpc
 import grpc.aio
@@ -39,6 +39,15 @@ _OPTIONS: Final = [
 _MESSAGE_LIMIT: Final = 4096
 _ENTROPY_BYTES: Final = 512
 _CLOSE_SECONDS: Final = 5.0
+_SIGNAL_MAX: Final = 64
+
+
+class ProcessEnd(NamedTuple):
+    """How a process ended: its exit status, 128 + N where ``signal`` N ended it, 0 for none; whether memory ran out."""
+
+    status: int
+    signal: int
+    oom_killed: bool
 
 
 class AgentClient:
@@ -180,11 +189,11 @@ class AgentClient:
         except grpc.aio.AioRpcError as error:
             raise _translate("Events", error) from None
 
-    async def wait(self, container_id: str, exec_id: str) -> tuple[int, bool]:
-        """Wait, without a deadline, for the end of a process: its exit status, and whether memory ran out."""
+    async def wait(self, container_id: str, exec_id: str) -> ProcessEnd:
+        """Wait, without a deadline, for the end of a process."""
         request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
         response: agent_pb2.WaitProcessResponse = await self._call("WaitProcess", request, None)
-        return min(response.exit_status, 255), response.oom_killed
+        return ProcessEnd(min(response.exit_status, 255), min(response.signal, _SIGNAL_MAX), response.oom_killed)
 
     async def remove_container(self, container_id: str, *, deadline: float) -> None:
         """Remove a container and whatever still runs in it. ``deadline`` in seconds."""

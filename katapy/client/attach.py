@@ -7,7 +7,7 @@ shim/attach.py). Every message is one datagram of JSON, at most DATAGRAM_MAX byt
             with "only": "streams" the client does not stand for the process, and engines see no pid
     shim    {"terminal": bool, "streams": [names]} with the connected stream sockets in that order (SCM_RIGHTS)
     client  {"signal": number} and {"resize": [columns, rows]}, any number of times
-    shim    {"exit": 0..255}
+    shim    {"exit": 0..255}, and "signal": number where one ended the process: the status is 128 + its number then
     shim    instead of either of its messages: {"error": text, "kind": class name, "code": google.rpc.Code}
 
 The streams that exist are named "stdin", "stdout", "stderr"; a terminal has "stdout" only, in both directions.
@@ -162,10 +162,12 @@ def _error(message: dict[str, object]) -> AttachError:
     return AttachError("the shim broke the attach protocol", "Internal", 13)
 
 
-def _exit_status(message: dict[str, object]) -> int:
-    match message:
-        case {"exit": int(status)} if len(message) == 1 and status in range(256) and not isinstance(status, bool):
-            return status
+def _end(message: dict[str, object]) -> tuple[int, int]:
+    match {"signal": 0, **message}:
+        case {"exit": int(status), "signal": int(number), **others} if (
+            not others and status in range(256) and number in range(65) and bool not in (type(status), type(number))
+        ):
+            return status, number
     raise _error(message)
 
 
@@ -267,15 +269,18 @@ def _relay(control: _socket.socket, signals: Signals, terminal: _Terminal | None
                 if number == signal.SIGCONT:
                     terminal.make_raw()  # the shell that stopped us took it back
                 _send_size(control, terminal)
-    return receive_exit(control)
+    return receive_end(control)[0]
 
 
-def receive_exit(control: _socket.socket) -> int:
-    """Wait for the end of the process, and return its exit status, 0 to 255. Raises AttachError where it was lost."""
+def receive_end(control: _socket.socket) -> tuple[int, int]:
+    """Wait for the end of the process; return its exit status, 0 to 255, and the signal that ended it, 0 for none.
+
+    Raises AttachError where it was lost.
+    """
     message, fds = _receive(control)
     for fd in fds:
         os.close(fd)
-    return _exit_status(message)
+    return _end(message)
 
 
 def send_signal(control: _socket.socket, number: int) -> None:

@@ -295,12 +295,14 @@ class WaitProcessRequest(_message.Message):
     def __init__(self, container_id: _Optional[str] = ..., exec_id: _Optional[str] = ...) -> None: ...
 
 class WaitProcessResponse(_message.Message):
-    __slots__ = ("exit_status", "oom_killed")
+    __slots__ = ("exit_status", "oom_killed", "signal")
     EXIT_STATUS_FIELD_NUMBER: _ClassVar[int]
     OOM_KILLED_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
     exit_status: int
     oom_killed: bool
-    def __init__(self, exit_status: _Optional[int] = ..., oom_killed: _Optional[bool] = ...) -> None: ...
+    signal: int
+    def __init__(self, exit_status: _Optional[int] = ..., oom_killed: _Optional[bool] = ..., signal: _Optional[int] = ...) -> None: ...
 
 class RemoveContainerRequest(_message.Message):
     __slots__ = ("container_id",)

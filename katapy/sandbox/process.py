@@ -18,15 +18,16 @@ BINARY = "binary://"
 
 
 class Exit(NamedTuple):
-    """How a process ended: ``status`` 0 to 255 (128 + N for signal N), and when."""
+    """How a process ended: ``status`` 0 to 255 (128 + N for signal N), when, and by which ``signal``, 0 for none."""
 
     status: int
     at: datetime
+    signal: int = 0
 
     @classmethod
-    def now(cls, status: int) -> Exit:
+    def now(cls, status: int, signal: int = 0) -> Exit:
         """Return an end that is noticed now."""
-        return cls(status, datetime.now(UTC))
+        return cls(status, datetime.now(UTC), signal)
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,10 @@ class GuestProcess:
         if self.status not in allowed:
             raise InvalidState(f"cannot {verb} {self.name}: it is {self.status}")
 
-    def finish(self, status: int, *, oom_killed: bool) -> None:
+    def finish(self, status: int, *, oom_killed: bool, signal: int = 0) -> None:
         """Note the end; the first report counts."""
         if self.exit is None and self.lost is None:
-            self.exit = Exit.now(status)
+            self.exit = Exit.now(status, signal)
             self.oom_killed = oom_killed
             self._ended()
 

@@ -30,6 +30,8 @@ _REFUSED: Final = [
     "swapoff", "swapon", "umount2", "unshare", "userfaultfd",
 ]  # fmt: skip
 ENVIRONMENT: Final = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+# A program that is pid 1 cannot be ended by its own signals: abort(3) would end it by another, kill(2) not at all.
+_INIT: Final = "io.katapy.init"
 HOLDER: Final = "/dev/busybox"  # busybox is called by its name
 
 
@@ -39,6 +41,7 @@ class User:
 
     uid: int = 0
     gid: int = 0
+    groups: tuple[int, ...] = ()
 
 
 ROOT: Final = User()
@@ -100,7 +103,12 @@ def run(base: Base, command: Command, sandbox_id: str) -> dict[str, Any]:
         "terminal": command.terminal,
         "cwd": command.cwd,
         "env": [f"{name}={value}" for name, value in command.environment.items()],
-        "user": {**document["process"].get("user", {}), "uid": command.user.uid, "gid": command.user.gid},
+        "user": {
+            **document["process"]["user"],
+            "uid": command.user.uid,
+            "gid": command.user.gid,
+            "additionalGids": list(command.user.groups),
+        },
     }
     document["mounts"] += [dict(mount) for mount in base.mounts]
     document["mounts"] += [
@@ -113,6 +121,7 @@ def run(base: Base, command: Command, sandbox_id: str) -> dict[str, Any]:
         for shared in base.shared
     ]
     document["annotations"] |= {
+        _INIT: "true",
         "io.kubernetes.cri.container-type": "container",
         "io.kubernetes.cri.sandbox-id": sandbox_id,
     }
@@ -126,7 +135,8 @@ def _document(base: Base, args: list[str]) -> dict[str, Any]:
     linux["resources"] |= {
         "memory": {"limit": limits.memory, "swap": limits.memory},
         "cpu": {"quota": max(1000, math.ceil(limits.cpus * _PERIOD)), "period": _PERIOD},
-        "pids": {"limit": limits.processes},
+        # One more is there for the others.
+        "pids": {"limit": limits.processes + 1},
     }
     linux["seccomp"] = {
         "defaultAction": "SCMP_ACT_ALLOW",

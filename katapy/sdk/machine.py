@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from katapy.client.leftovers import gone
 from katapy.client.pod import Launch, Pod
 from katapy.errors import InvalidState, KatapyError, NotFound, NotStarted, Timeout, Unavailable
 from katapy.oci.bundle import CONFIG, Bundle, load_bundle
@@ -102,6 +103,10 @@ class Vm:
                     signal.pidfd_send_signal(fd, signal.SIGKILL)
             finally:
                 os.close(fd)
+
+    def await_end(self, seconds: float) -> bool:
+        """Tell whether QEMU has ended, or does within so many seconds."""
+        return gone(self._qemu, seconds)
 
     def is_full(self) -> bool:
         """Tell whether its writable layer is."""

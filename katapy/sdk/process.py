@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, Protocol
 from katapy.client import attach
 from katapy.client.observe import Usage
 from katapy.client.pod import Pod
-from katapy.errors import InvalidState, KatapyError, OutcomeUnknown, Timeout
+from katapy.errors import InvalidState, KatapyError, OutcomeUnknown, Timeout, Unavailable
 from katapy.verdict import KilledBy, Verdict
 
 # A timeout is to be over half a second after the limit, whatever the guest does.
@@ -49,6 +49,9 @@ class Machine(Protocol):
 
     def kill(self) -> None:
         """End the VM at once."""
+
+    def await_end(self, seconds: float) -> bool:
+        """Tell whether the VM has ended, or does within so many seconds."""
 
     def is_full(self) -> bool:
         """Tell whether nothing more can be written."""
@@ -98,20 +101,23 @@ class Process:
         self._wake_writer.setblocking(False)
         self._input = bytearray(stdin or b"")
         self._input_ends = stdin is not None
-        self._chunks: deque[Chunk] = deque()
+        self._chunks: deque[tuple[str, bytearray]] = deque()
         self._waiting = 0  # bytes in _chunks
         self._printed = 0
         self.truncated = False
         self._cause: KilledBy | None = None
         self._give_up_at: float | None = None
         self._status: int | None = None
+        self._signal = 0
         self._lost: KatapyError | None = None
+        self._shim_lost = False
         self._usage: Usage | None = None
         self._verdict: Verdict | None = None
         self._error: KatapyError | None = None
         self._finished = False
-        self._started = False
+        self._was_full = machine.is_full()
         self._cpu_before = machine.cpu_seconds()
+        self._cpu_used: float | None = None
         self._began = self._next_cpu = time.monotonic()
         self._ended_at = self._began
         self._thread = threading.Thread(target=self._run, name=f"carry {name}", daemon=True)
@@ -122,10 +128,12 @@ class Process:
         except KatapyError as error:
             # One whose limit was passed meanwhile has a verdict.
             if self._cause is None:
-                self._abandon(error)
+                # It may have run. Where its VM has ended, that is a verdict, too.
+                unknown = isinstance(error, Unavailable | Timeout)
+                self._abandon(OutcomeUnknown(f"what became of {name} is not known: {error}") if unknown else error)
                 self._thread.join()
-                raise
-        self._started = True
+                if self._error is not None:
+                    raise self._error from error
 
     def __enter__(self) -> Process:
         return self
@@ -178,10 +186,10 @@ class Process:
                 raise Timeout(f"{self._name} has printed nothing for {timeout:g} s")
             if not self._chunks:
                 return None
-            chunk = self._chunks.popleft()
-            self._waiting -= len(chunk.data)
+            name, data = self._chunks.popleft()
+            self._waiting -= len(data)
         self._wake()
-        return chunk
+        return Chunk(name, bytes(data))
 
     def __iter__(self) -> Iterator[Chunk]:
         while (chunk := self.read()) is not None:
@@ -303,13 +311,20 @@ class Process:
             taken = data[: max(self._bounds.output - self._printed, 0)]
             self._printed += len(taken)
             if taken:
-                self._chunks.append(Chunk(name, taken))
+                # Many small pieces would take more memory than what is in them.
+                if self._chunks and self._chunks[-1][0] == name and len(self._chunks[-1][1]) < _CHUNK:
+                    self._chunks[-1][1].extend(taken)
+                else:
+                    self._chunks.append((name, bytearray(taken)))
                 self._waiting += len(taken)
                 self._condition.notify_all()
             if len(taken) < len(data):
                 self.truncated = True
                 if self._cause is None and self._status is None:
                     self._strike(KilledBy.OUTPUT)
+                elif self._cause is None:
+                    # It has ended before anybody could end it.
+                    self._cause = KilledBy.OUTPUT
         return True
 
     def _feed(self, stream: socket.socket) -> bool:
@@ -334,8 +349,9 @@ class Process:
 
     def _hear(self) -> None:
         try:
-            self._status = attach.receive_exit(self._attachment.control)
+            self._status, self._signal = attach.receive_end(self._attachment.control)
         except attach.ShimDied:
+            self._shim_lost = True
             self._lost = OutcomeUnknown(f"what became of {self._name} is not known: its shim died")
         except attach.AttachError as error:
             # The container was lost, with its VM; or it was removed under our hands.
@@ -365,6 +381,7 @@ class Process:
         if self._give_up_at is None or now < self._give_up_at:
             return
         if self._machine.alive():
+            self._cpu_used = self._used()
             self._machine.kill()
             self._give_up_at = now + _LOST_SECONDS
         else:
@@ -382,7 +399,7 @@ class Process:
 
     def _used(self) -> float | None:
         now = self._machine.cpu_seconds()
-        return None if now is None or self._cpu_before is None else now - self._cpu_before
+        return self._cpu_used if now is None or self._cpu_before is None else now - self._cpu_before
 
     def _strike(self, cause: KilledBy) -> None:
         """Begin to end the run. The caller holds the condition."""
@@ -415,6 +432,9 @@ class Process:
             with self._condition:
                 self._input.clear()
                 self._input_ends = False
+                if self._held and self._waiting >= _WINDOW and self._cause is None:
+                    # It is the reader who takes time.
+                    deadline = time.monotonic() + _DRAIN_SECONDS
             self._choose(selector)
             for key, events in selector.select(min(left, 1.0)):
                 if key.fileobj is not self._attachment.control:
@@ -425,16 +445,17 @@ class Process:
     def _judge(self) -> Verdict:
         """Say what became of it. What the host has seen comes first; what only the guest says is marked."""
         cause, status = self._cause, self._status
-        if status is None and self._machine.alive():
-            raise self._lost or OutcomeUnknown(f"what became of {self._name} is not known")
-        if status is None and not self._started and cause is None:
-            raise self._lost or OutcomeUnknown(f"what became of {self._name} is not known")
+        # What the shim says of its VM comes before the VM has quite gone.
+        if status is None and (cause is None or self._machine.alive()):
+            told = isinstance(self._lost, OutcomeUnknown) and not self._shim_lost
+            if not told or not self._machine.await_end(_LOST_SECONDS):
+                raise self._lost or OutcomeUnknown(f"what became of {self._name} is not known")
         usage = None
         if status is not None and self._machine.alive():
             usage = self._ask_usage()
         by, trusted = self._reason(cause, status, usage)
         ended_by_us = cause is not None and by in (KilledBy.WALL, KilledBy.CPU, KilledBy.OUTPUT)
-        number = None if status is None or status <= 128 or status > 128 + 64 else status - 128
+        number = self._signal or None
         return Verdict(
             exit_code=None if ended_by_us or number is not None else status,
             signal=None if ended_by_us else number,
@@ -458,15 +479,16 @@ class Process:
             return cause, True
         if status is None:
             return (KilledBy.SIGNAL, True) if cause is KilledBy.SIGNAL else (KilledBy.VM_DIED, True)
-        if cause is KilledBy.SIGNAL and status == 128 + signal.SIGKILL:
+        if cause is KilledBy.SIGNAL and self._signal == signal.SIGKILL:
             return KilledBy.SIGNAL, True
         if status != 0 and usage is not None and usage.oom_kills:
             return KilledBy.MEMORY, False
         if status != 0 and usage is not None and usage.pid_failures:
             return KilledBy.PIDS, False
-        if status != 0 and self._machine.is_full():
+        # A program that a signal ended may have filled the disk; of a disk that was full before, it says something.
+        if status != 0 and not (self._signal and self._was_full) and self._machine.is_full():
             return KilledBy.DISK, True
-        if 128 < status <= 128 + 64:
+        if self._signal:
             return KilledBy.SIGNAL, False
         return KilledBy.NONE, True
 

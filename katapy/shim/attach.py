@@ -49,8 +49,8 @@ class AttachHandler(Protocol):
     async def resize(self, container_id: str, exec_id: str, columns: int, rows: int) -> None:
         """Set the window size."""
 
-    async def wait(self, container_id: str, exec_id: str) -> int:
-        """Wait for the end and return the exit status, 0 to 255; raise when the process was lost."""
+    async def wait(self, container_id: str, exec_id: str) -> tuple[int, int]:
+        """Wait for the end; return the exit status, 0 to 255, and the signal, 0 for none. Raise when it was lost."""
 
     async def detached(self, container_id: str, exec_id: str) -> None:
         """Whoever had the streams of a process has done with them."""
@@ -125,7 +125,8 @@ class _Session:
         try:
             self._give(*await self._handler.attach(*self._process, self._pid))
             self._attached = True
-            return {"exit": await self._handler.wait(*self._process)}
+            status, signal = await self._handler.wait(*self._process)
+            return {"exit": status, **({"signal": signal} if signal else {})}
         except KatapyError as error:
             return _error(error)
         except Exception as error:

@@ -37,9 +37,10 @@ class AttachHandler:
         with suppress(NotFound):
             await self._sandbox.resize(container_id, exec_id, rows=rows, columns=columns)
 
-    async def wait(self, container_id: str, exec_id: str) -> int:
-        """Return the exit status of a process when it has ended."""
-        return (await self._sandbox.process(container_id, exec_id).wait()).status
+    async def wait(self, container_id: str, exec_id: str) -> tuple[int, int]:
+        """Return the exit status of a process, and the signal that ended it, when it has ended."""
+        end = await self._sandbox.process(container_id, exec_id).wait()
+        return end.status, end.signal
 
     async def detached(self, container_id: str, exec_id: str) -> None:
         """Note that the streams of a process are done with; an exec that has ended is forgotten by that.

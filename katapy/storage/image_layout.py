@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, TypeVar
 
@@ -49,6 +49,8 @@ _LAYER: Final = re.compile(
 _DIGEST: Final = matching("sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}", "a digest by sha256 or sha512")
 _LAYOUT_VERSION: Final = matching(r"1\.\d{1,5}\.\d{1,5}", "a version that katapy knows (1.0.0)")
 _PLATFORM: Final = ("linux", "amd64")
+_FILES_MAX: Final = 20_000
+_NAME_MAX: Final = 4096
 _NESTED_MAX: Final = 4
 _GZIP: Final = b"\x1f\x8b"
 _OTHER_ARCHIVES: Final = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -156,17 +158,18 @@ class _Directory:
         try:
             # Links are followed, as some tools share blobs, but not out of the layout: it may come from anybody.
             resolve = linux.RESOLVE_BENEATH | linux.RESOLVE_NO_MAGICLINKS
-            file = os.fdopen(linux.openat2(self._fd, name, flags, resolve=resolve), "rb")
+            fd = linux.openat2(self._fd, name, flags, resolve=resolve)
         except FileNotFoundError as error:
             raise NotFound(f"{self._what}: {name}: no such file") from error
         except OSError as error:
             raise InvalidArgument(
                 f"{self._what}: {name}: cannot be opened: {(error.strerror or '').lower()}"
             ) from error
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
+        # Looked at first: Python does not make a file of a directory, and leaves it open.
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
             raise InvalidArgument(f"{self._what}: {name}: not a regular file")
-        return file
+        return os.fdopen(fd, "rb")
 
 
 class _Archive:
@@ -175,10 +178,13 @@ class _Archive:
         self._what = what
         self._files: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
-        budget = Budget(limits, what)
+        # Layers have millions of members, layouts a few hundred: all of their names are remembered.
+        budget = Budget(replace(limits, members=min(limits.members, _FILES_MAX)), what)
         stream = _Slice(fd, 0, os.fstat(fd).st_size)
         reader = TarReader(stream, what=what, count=budget.add_member)
         for member in reader:
+            if max(len(member.name), len(member.link)) > _NAME_MAX:
+                raise InvalidArgument(f"{what}: a name of {len(member.name)} bytes")
             name = posixpath.normpath(os.fsdecode(member.name))
             if member.kind is Kind.FILE and member.extents == ((0, member.size),):
                 self._files[name] = (reader.position, member.size)

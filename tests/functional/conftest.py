@@ -41,12 +41,15 @@ _STARTS_OF_THEIR_OWN = (
     "test_played_engines.py",
     "test_installed_engines.py",
 )
+# What an agent does with a configuration, once it serves, hardly depends on how it came to that: `make soak`.
+_SELDOM_COLD = ("test_config_rules.py", "test_lifecycle_rules.py", "test_sandbox")
 _COLD = "[hypervisor]\ntemplate = false\n"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     how = "restored from templates (warm), or booted each time (cold)"
     parser.addoption("--starts", choices=["warm", "cold"], default="warm", help=f"VMs are {how}")
+    parser.addoption("--seldom", action="store_true", help="with --starts cold: only the tests that are seldom so")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,7 +60,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.vm)
             item.add_marker(pytest.mark.root)
-            (left_out if cold and item.path.name in _STARTS_OF_THEIR_OWN else chosen).append(item)
+            name = item.path.name
+            out = name in _STARTS_OF_THEIR_OWN or name.startswith(_SELDOM_COLD) is not config.getoption("--seldom")
+            (left_out if cold and out else chosen).append(item)
         else:
             chosen.append(item)
     if left_out:

@@ -208,8 +208,8 @@ class Sandbox:
 
     async def resize(self, container_id: str, exec_id: str, columns: int, rows: int) -> None: ...
 
-    async def wait(self, container_id: str, exec_id: str) -> int:
-        return await self.ended
+    async def wait(self, container_id: str, exec_id: str) -> tuple[int, int]:
+        return await self.ended, 0
 
     async def detached(self, container_id: str, exec_id: str) -> None: ...
 

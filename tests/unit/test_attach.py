@@ -216,6 +216,8 @@ def test_a_closed_stdin_is_an_empty_one(pipes: Pipes) -> None:
         ({"exit": True}, "Internal", "protocol"),
         ({"exit": "0"}, "Internal", "protocol"),
         ({"exit": 0, "more": 1}, "Internal", "protocol"),
+        ({"exit": 137, "signal": 65}, "Internal", "protocol"),
+        ({"exit": 129, "signal": True}, "Internal", "protocol"),
         ([1], "Internal", "protocol"),
         ("[" * 60000, "Internal", "protocol"),
     ],

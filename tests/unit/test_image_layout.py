@@ -139,6 +139,15 @@ def test_a_zipped_archive_that_is_a_bomb_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["image.tar"]
 
 
+def test_an_archive_of_too_many_or_too_long_names_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "image.tar").write_bytes(tar([member("a")] * 20_001))
+    with pytest.raises(InvalidArgument, match="more than 20000 members"):
+        find(tmp_path / "image.tar")
+    (tmp_path / "image.tar").write_bytes(tar([member("a" * 5000)]))
+    with pytest.raises(InvalidArgument, match="a name of 5000 bytes"):
+        find(tmp_path / "image.tar")
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", bytes(10240)])
 def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "image.tar").write_bytes(content)
@@ -199,8 +208,10 @@ def test_a_blob_is_a_file_of_the_layout(layout: Layout, tmp_path: Path, kind: st
     if kind == "link in":
         assert find(layout.path).digest == manifest["digest"]
     else:
+        before = os.listdir("/proc/self/fd")
         with pytest.raises(InvalidArgument, match=r"not a regular file|cannot be opened"):
             find(layout.path)
+        assert os.listdir("/proc/self/fd") == before
 
 
 Change = Callable[[dict[str, Any]], object]

@@ -23,7 +23,7 @@ class Sandbox:
 
     def __init__(self) -> None:
         self.calls: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
-        self.exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.exit: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
         self.opened = asyncio.Event()
         self.opened.set()
         self.far: list[socket.socket] = []
@@ -50,7 +50,7 @@ class Sandbox:
     async def resize(self, container_id: str, exec_id: str, columns: int, rows: int) -> None:
         self.calls.put_nowait(("resize", container_id, exec_id, columns, rows))
 
-    async def wait(self, container_id: str, exec_id: str) -> int:
+    async def wait(self, container_id: str, exec_id: str) -> tuple[int, int]:
         return await asyncio.shield(self.exit)
 
     async def detached(self, container_id: str, exec_id: str) -> None:
@@ -110,8 +110,8 @@ async def test_streams_signals_sizes_and_the_exit(sandbox: Sandbox, client: Clie
     assert await next_call(sandbox) == ("signal", "c1", "e1", 15)  # that it raised NotFound disturbs nobody
     assert await next_call(sandbox) == ("resize", "c1", "e1", 80, 24)
     await client.say({"signal": 9})  # nobody reads this one before the end
-    sandbox.exit.set_result(137)
-    assert await client.hear() == {"exit": 137}
+    sandbox.exit.set_result((137, 9))
+    assert await client.hear() == {"exit": 137, "signal": 9}
     assert await client.hear() is None
 
 
@@ -161,7 +161,7 @@ async def test_whoever_has_done_with_the_streams_is_noticed(sandbox: Sandbox, cl
     await client.attach("c1", "e1")
     await client.hear()
     await next_call(sandbox)
-    sandbox.exit.set_result(0)
+    sandbox.exit.set_result((0, 0))
     assert await client.hear() == {"exit": 0}
     assert sandbox.calls.empty()
     client.sock.close()
