@@ -1,7 +1,7 @@
 """One run: its streams, and its limits as the host enforces them.
 
 A thread of its own carries the streams and holds the clock. Whatever limit is passed first ends the run: the shim kills
-all that is in its container, and where the guest does not do that within ``_GRACE`` seconds, the VM itself is killed.
+all that is in its container, and where the guest does not do that in time, the VM itself is killed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from katapy.client.pod import Pod
 from katapy.errors import InvalidState, KatapyError, OutcomeUnknown, Timeout, Unavailable
 from katapy.verdict import KilledBy, Verdict
 
-# A timeout is to be over half a second after the limit, whatever the guest does.
+# A timeout is to be over half a second after the limit, whatever the guest does. Nothing else is as urgent, and a guest
+# that is only slow keeps its VM.
 _GRACE: Final = 0.3
+_PATIENCE: Final = 5.0
 # For a shim that is to notice that its VM has gone.
 _LOST_SECONDS: Final = 10.0
 # What a process has left in its streams, after its end.
@@ -404,7 +406,7 @@ class Process:
     def _strike(self, cause: KilledBy) -> None:
         """Begin to end the run. The caller holds the condition."""
         self._cause = cause
-        self._give_up_at = time.monotonic() + _GRACE
+        self._give_up_at = time.monotonic() + (_GRACE if cause is KilledBy.WALL else _PATIENCE)
         # The answer may take its time; the clock goes on here.
         threading.Thread(target=self._send_kill, name=f"kill {self._name}", daemon=True).start()
 
