@@ -53,8 +53,9 @@ $(HELLO)/config.json: build/packages $(wildcard /bin/busybox) $(addprefix $(HELL
 
 test: setup lint ## all tests but the long ones; as root
 	@scripts/setup test-tools
-	@for tests in tests/unit guest-agent/tests tests/integration; do \
-		echo "$$tests:"; $(BIN)/pytest -q -m 'not soak' $$tests || exit 1; done
+	@mkdir -p build/results && rm -f build/results/*
+	@for tests in tests/unit guest-agent/tests; do echo "$$tests:"; $(BIN)/pytest -q -m 'not soak' $$tests || exit 1; done
+	@echo tests/integration:; KATAPY_RECORD=$(CURDIR)/build/results/integration.jsonl $(BIN)/pytest -q -m 'not soak' tests/integration
 	@echo tests/functional:; $(BIN)/python scripts/functional_tests.py
 
 unit: .venv/installed ## the tests that need no root and no virtual machine

@@ -19,7 +19,8 @@ FEATURES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "run and exit status": (
         f"{_FUNCTIONAL}run.py::test_runs_in_another_kernel",
-        f"{_FUNCTIONAL}run.py::test_exit_code_is_the_container_s",
+        f"{_FUNCTIONAL}run.py::test_program_that_does_not_exist",
+        f"{_FUNCTIONAL}run.py::test_create_then_start",
     ),
     "exec, kill, delete": (f"{_FUNCTIONAL}run.py::test_detach_exec_kill_delete",),
     "signals": (f"{_FUNCTIONAL}run.py::test_signals_reach_the_container",),
@@ -30,7 +31,6 @@ FEATURES: Final[dict[str, tuple[str, ...]]] = {
     "every byte of stdio": (
         f"{_FUNCTIONAL}stdio.py::test_256_mib_through_cat",
         f"{_FUNCTIONAL}stdio.py::test_end_of_stdin_ends_cat",
-        f"{_FUNCTIONAL}stdio.py::test_reader_that_leaves_ends_the_writer",
     ),
     "limits of memory (OOM), pids, devices": (f"{_FUNCTIONAL}run.py::test_limits_hold",),
     "cgroups of the host": (
@@ -53,11 +53,11 @@ FEATURES: Final[dict[str, tuple[str, ...]]] = {
     "podman": (
         f"{_FUNCTIONAL}engines.py::test_attached",
         f"{_FUNCTIONAL}engines.py::test_a_container_s_life",
-        f"{_FUNCTIONAL}engines.py::test_limits",
         f"{_FUNCTIONAL}engines.py::test_networks",
     ),
     "cleanup after kill -9": (
-        f"{_FUNCTIONAL}failures.py::test_part_killed_during_a_foreground_run",
+        f"{_FUNCTIONAL}failures.py::test_part_killed_during_a_foreground_run[qemu]",
+        f"{_FUNCTIONAL}failures.py::test_part_killed_during_a_foreground_run[shim]",
         f"{_FUNCTIONAL}failures.py::test_part_killed_behind_a_detached_container",
         f"{_FUNCTIONAL}containerd_kills.py::test_killed_shim",
         f"{_FUNCTIONAL}containerd_kills.py::test_killed_vm",

@@ -35,6 +35,9 @@ class Recorder:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._write(began=nodeid)
 
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self._write(ended=nodeid)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             self._write(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 1))

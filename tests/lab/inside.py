@@ -15,7 +15,7 @@ from typing import Any, Final
 
 _HANDED: Final = "/dev/vdc"
 _JOB: Final = Path("/run/lab.json")
-_PORTS: Final = Path("/dev/virtio-ports")
+_PORTS: Final = Path("/sys/class/virtio-ports")
 _RESULTS: Final = Path("/run/lab-results")
 _SHELL_TTY: Final = "/dev/hvc0"
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -25,6 +25,11 @@ _TIMEOUT: Final = 600
 
 def _mount(*arguments: str) -> None:
     subprocess.run(["mount", *arguments], check=True)
+
+
+def _port(name: str) -> Path:
+    """Return the device of the port that QEMU calls ``name``."""
+    return next(Path("/dev", path.parent.name) for path in _PORTS.glob("*/name") if path.read_text().strip() == name)
 
 
 def _set_up() -> dict[str, Any]:
@@ -50,7 +55,7 @@ def _test(project: str, run: dict[str, Any]) -> int:
         "HOME": "/root",
         "LANG": "C.UTF-8",
         "KATAPY_LAB": run["name"],
-        "KATAPY_RECORD": str(_PORTS / "events"),
+        "KATAPY_RECORD": str(_port("events")),
         "KATAPY_CONFIG": str(config),
     }
     pytest = [".venv/bin/pytest", "-v", "-p", "no:cacheprovider", "-o", f"timeout={_TIMEOUT}"]
@@ -62,7 +67,7 @@ def _test(project: str, run: dict[str, Any]) -> int:
 
 def _tests(job: dict[str, Any]) -> None:
     _RESULTS.mkdir()
-    output = os.open(_PORTS / "output", os.O_WRONLY)
+    output = os.open(_port("output"), os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     status = 0
@@ -70,10 +75,10 @@ def _tests(job: dict[str, Any]) -> None:
         status = _test(job["project"], run) or status
     with (_RESULTS / "journal.log").open("wb") as journal:
         subprocess.run(["journalctl", "--boot", "--no-pager"], stdout=journal)
-    with (_PORTS / "results").open("wb") as port, tarfile.open(fileobj=port, mode="w|") as tar:
+    with _port("results").open("wb") as port, tarfile.open(fileobj=port, mode="w|") as tar:
         tar.add(_RESULTS, "results")
     # The last word: with it, all that was before has arrived.
-    (_PORTS / "events").write_text(json.dumps({"status": status}) + "\n")
+    _port("events").write_text(json.dumps({"status": status}) + "\n")
 
 
 def _shell(job: dict[str, Any]) -> None:

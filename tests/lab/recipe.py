@@ -1,7 +1,7 @@
 """The lab's host image: a Debian with systemd, QEMU and the engines, made by mmdebstrap from the host's apt sources.
 
 It holds nothing of katapy: the project is handed in beside it, so a change of the code does not rebuild it. It is kept
-under the digest of this recipe.
+under the digest of this recipe. It has no udev: the kernel makes the devices' nodes, and what needs a driver is loaded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from steps import BuildError, call, require_space, step
 PACKAGES: Final = """
     busybox-static ca-certificates erofs-utils libseccomp2 mmdebstrap python3 python3-venv qemu-system-x86 util-linux
     buildah catatonit conmon containerd containernetworking-plugins dbus-daemon iproute2 iptables podman runc
-    dbus iputils-ping kmod procps systemd systemd-sysv udev
+    dbus iputils-ping kmod procps systemd systemd-sysv
 """
-# In the order in which they depend on one another: what finds the root. udev and systemd load the rest.
+# In the order in which they depend on one another: what finds the root. systemd loads the rest.
 _EARLY_MODULES: Final = """
     virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk libcrc32c erofs overlay
 """
@@ -46,8 +46,8 @@ exec $b switch_root /root /sbin/init
 # The project's disk is at /lab; which program of it runs, the kernel's command line says.
 _UNIT: Final = """[Unit]
 Description=katapy's lab
-Requires=dbus.socket systemd-modules-load.service systemd-udev-settle.service
-After=basic.target dbus.socket systemd-modules-load.service systemd-udev-settle.service
+Requires=dbus.socket systemd-modules-load.service
+After=basic.target dbus.socket systemd-modules-load.service
 FailureAction=poweroff-force
 SuccessAction=poweroff-force
 [Service]

@@ -11,7 +11,6 @@ status is that of the tests, and 1 for a lab that ends without one or has to be 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import os
@@ -27,13 +26,13 @@ import termios
 import tty
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Any, BinaryIO, Final
+from typing import Final
 
 import recipe
 from features import FEATURES, HARDWARE
+from progress import LabError, Progress
 from steps import BuildError, call, run_main, step
 
 from katapy.assets import DEFAULT_DATA_DIR
@@ -49,7 +48,6 @@ _MEMORY: Final = "5G"
 _CPU: Final = "max,+svm,-erms,-fsrm,-smap"
 _PARAMS: Final = "quiet panic=-1 no_timer_check clearcpuid=112 mitigations=off systemd.unit=lab.target"
 _RESULTS_MAX: Final = 256 << 20
-_EVENTS_MAX: Final = 16 << 20
 _CONSOLE_LINES: Final = 25
 _CHUNK: Final = 1 << 16
 
@@ -68,44 +66,6 @@ kernel_params = ["mitigations=off", "clearcpuid=112"]
 [runtime]
 boot_timeout = 600
 """
-
-
-class LabError(Exception):
-    """The lab did not come to its end; the text is fit for a user."""
-
-
-@dataclass
-class Progress:
-    """What the lab says of its tests, line by line."""
-
-    text: bytearray = field(default_factory=bytearray)
-    running: str = ""
-    since: float = 0.0
-    status: int | None = None
-
-    def take(self, data: bytes) -> None:
-        """Take bytes as they come; lines that make no sense are left out."""
-        lines = (self.text[self.text.rfind(b"\n") + 1 :] + data).split(b"\n")[:-1]
-        if len(self.text) + len(data) > _EVENTS_MAX:
-            raise LabError("the lab says more of its tests than there is to say")
-        self.text += data
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                self._take(json.loads(line))
-
-    def _take(self, event: dict[str, Any]) -> None:
-        if "began" in event:
-            self.running, self.since = str(event["began"]), monotonic()
-        if "test" in event:
-            self.running = ""
-        if "status" in event:
-            self.status = int(event["status"])
-
-    def place(self) -> str:
-        """Return where the lab is."""
-        if self.running:
-            return f"in {self.running}, for {monotonic() - self.since:.0f} s"
-        return "between two tests" if self.text else "before the first test"
 
 
 def plan(tests: Sequence[str]) -> list[dict[str, object]]:
@@ -204,7 +164,7 @@ def _listen(ports: dict[str, socket.socket], takers: Mapping[str, Callable[[byte
     return True
 
 
-def _bounded(file: BinaryIO, limit: int) -> Callable[[bytes], None]:
+def _bounded(file: io.FileIO, limit: int) -> Callable[[bytes], None]:
     """Return what writes to ``file`` and forgets what is more than ``limit`` bytes."""
 
     def write(data: bytes) -> None:
@@ -221,7 +181,9 @@ def test(image: recipe.HostImage, tests: Sequence[str], deadline: float, memory:
     with ExitStack() as stack:
         disks = stack.enter_context(_disks(job))
         console, output, results = (
-            stack.enter_context((_RESULTS / name).open("w+b")) for name in ("console.log", "output.log", "results.tar")
+            # Unbuffered: somebody may look at them meanwhile.
+            stack.enter_context((_RESULTS / name).open("w+b", buffering=0))
+            for name in ("console.log", "output.log", "results.tar")
         )
         keep = _bounded(output, _RESULTS_MAX)
 
@@ -242,8 +204,6 @@ def test(image: recipe.HostImage, tests: Sequence[str], deadline: float, memory:
                 ended = _listen(ports, takers, began + deadline)
         finally:
             (_RESULTS / "events.jsonl").write_bytes(progress.text)
-        console.flush()
-        results.flush()
         if not ended:
             raise LabError(f"the lab was ended after {deadline:.0f} s: it hung {progress.place()}{_last_words()}")
         _unpack(_RESULTS / "results.tar")
