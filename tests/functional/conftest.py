@@ -21,11 +21,22 @@ import cri as kubernetes
 import pytest
 from containerd_daemon import IMAGE, Containerd, start_containerd
 from ctr import sockets
-from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_bundle, make_busybox
+from harness import (
+    DEADLINE,
+    KATAPY,
+    SLOWNESS,
+    Edit,
+    Katapy,
+    MakeBundle,
+    await_ends,
+    descendants,
+    make_bundle,
+    make_busybox,
+)
 
 from katapy.cgroups.directory import MARK
 
-_GONE_WITHIN = 30.0
+_GONE_WITHIN = 30.0 * SLOWNESS
 _PR_SET_CHILD_SUBREAPER = 36
 
 
