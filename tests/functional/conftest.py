@@ -19,10 +19,13 @@ from pathlib import Path
 
 import cri as kubernetes
 import pytest
+from arena import Arena
+from arena import arena as make_arena
 from containerd_daemon import IMAGE, Containerd, start_containerd
 from ctr import sockets
 from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_bundle, make_busybox
 
+from katapy import Sandbox
 from katapy.cgroups.directory import MARK
 
 _GONE_WITHIN = 30.0
@@ -43,19 +46,6 @@ _STARTS_OF_THEIR_OWN = (
 )
 # What an agent does with a configuration, once it serves, hardly depends on how it came to that: `make soak`.
 _SELDOM_COLD = ("test_config_rules.py", "test_lifecycle_rules.py", "test_sandbox")
-_COLD = (
-    "test_config_rules.py",
-    "test_lifecycle_rules.py",
-    "test_restored.py",
-    "test_containerd.py",
-    "test_containerd_kills.py",
-    "test_cri.py",
-    "test_cri_kills.py",
-    "test_cri_streaming.py",
-    "test_docker.py",
-    "test_played_engines.py",
-    "test_installed_engines.py",
-)
 _COLD = "[hypervisor]\ntemplate = false\n"
 
 
@@ -261,3 +251,20 @@ def cri(cri_daemon: Containerd, cri_messages: object, host: None) -> Iterator[ku
     """A client of that plugin."""
     with kubernetes.connect(cri_daemon, cri_messages) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    """Where the sandboxes of a module are attacked."""
+    with make_arena(tmp_path_factory.mktemp("arena")) as made:
+        yield made
+
+
+@pytest.fixture
+def victim(arena: Arena, request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """A sandbox to attack; afterwards nobody else has noticed, and the host is as it was."""
+    sandbox = arena.victim()
+    # What was started up to now is there afterwards.
+    request.getfixturevalue("host")
+    yield sandbox
+    arena.check()
