@@ -16,7 +16,8 @@ from oci_images import CONFIG, INDEX, LAYER, MANIFEST, Layout, member, tar
 
 from katapy.errors import InvalidArgument, KatapyError, NotFound, Unsupported
 from katapy.storage.image_config import ImageConfig, parse_image_config
-from katapy.storage.image_layout import Image, find_image, open_source, split_reference
+from katapy.storage.image_layout import Image, find_image
+from katapy.storage.image_source import open_source, split_reference
 from katapy.storage.unpack import Limits
 
 ARM = {"os": "linux", "architecture": "arm64"}
