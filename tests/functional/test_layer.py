@@ -58,8 +58,11 @@ def test_what_is_written_is_bounded_and_the_root_untouched(katapy: Katapy, bundl
 
 
 def test_files_are_bounded(katapy: Katapy, bundle: MakeBundle, rootfs: Path) -> None:
-    fill = "n=0; mkdir /d; while true 2>&1 > /d/$n; do n=$((n+1)); done; echo $n"
-    script = f"{fill}; rm /d/0 && true > /d/again && echo again"
+    script = """
+        n=0; mkdir /d
+        while true > /d/$n; do n=$((n+1)); done
+        echo $n; rm /d/0 && true > /d/again && echo again
+    """
     ran = bundle(["sh", "-c", f"({script}) 2>&1"], rootfs=rootfs, edit=_layered(16 * MIB, 40))
     done = katapy("run", "--bundle", ran, "c1")
     assert done.returncode == 0, done.stderr
