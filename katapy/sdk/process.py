@@ -1,7 +1,7 @@
 """One run: its streams, and its limits as the host enforces them.
 
 A thread of its own carries the streams and holds the clock. Whatever limit is passed first ends the run: the shim kills
-all that is in its container, and where the guest does not do that within ``_GRACE`` seconds, the VM itself is killed.
+all that is in its container, and where the guest does not do that in time, the VM itself is killed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from katapy.verdict import KilledBy, Verdict
 
 # A timeout is to be over half a second after the limit, whatever the guest does.
 _GRACE: Final = 0.3
+# Whom the caller ends, or what prints too much, is less urgent: the VM may serve other runs, on a slow machine, too.
+_PATIENCE: Final = 3.0
 # For a shim that is to notice that its VM has gone.
 _LOST_SECONDS: Final = 10.0
 # What a process has left in its streams, after its end.
@@ -395,7 +397,8 @@ class Process:
     def _strike(self, cause: KilledBy) -> None:
         """Begin to end the run. The caller holds the condition."""
         self._cause = cause
-        self._give_up_at = time.monotonic() + _GRACE
+        grace = _GRACE if cause in (KilledBy.WALL, KilledBy.CPU) else _PATIENCE
+        self._give_up_at = time.monotonic() + grace
         # The answer may take its time; the clock goes on here.
         threading.Thread(target=self._send_kill, name=f"kill {self._name}", daemon=True).start()
 

@@ -118,7 +118,7 @@ class Shim:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds in earnest takes a part of one."""
-    for name in ("_LOST_SECONDS", "_DRAIN_SECONDS", "_GRACE"):
+    for name in ("_LOST_SECONDS", "_DRAIN_SECONDS", "_GRACE", "_PATIENCE"):
         monkeypatch.setattr(module, name, 0.2)
 
 
