@@ -9,6 +9,7 @@ of the steps is here, in ``_build_container``, ``_join_container`` and ``_execut
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -291,8 +292,11 @@ def _fork(channel: Channel, *, below_init: bool = False) -> None:
     """
     ended, end = os.pipe()
     with doing("fork into the container"):
-        if below_init and os.fork() == 0:
-            _reap_only()
+        if below_init:
+            # The root directory of both is soon another.
+            with mounts.closing(os.open("/proc", os.O_PATH | os.O_CLOEXEC)) as proc:
+                if os.fork() == 0:
+                    _reap_only(proc)
         pid = os.fork()
     if pid:
         channel.say({"pid": pid})
@@ -304,9 +308,12 @@ def _fork(channel: Channel, *, below_init: bool = False) -> None:
     os.setsid()
 
 
-def _reap_only() -> NoReturn:
-    """Be the init of a PID namespace, until the agent kills all that is in the container."""
+def _reap_only(proc: int) -> NoReturn:
+    """Be the init of a PID namespace, until the agent kills all that is in the container. ``proc`` is /proc."""
     os.setsid()
+    # Where memory runs out, what uses it is to end, and not all at once. Refused in a user namespace.
+    with contextlib.suppress(PermissionError):
+        os.write(os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=proc), b"-1000")
     # Above all the control socket, whose end says that the program runs.
     os.closerange(0, _DESCRIPTORS_MAX)
     # From within, only a signal that has a handler reaches an init, and Python has given it one.

@@ -299,6 +299,26 @@ def test_signals(agent: Agent) -> None:
     agent.call("RemoveContainer", container_id="sig")
 
 
+def test_program_below_an_init(agent: Agent) -> None:
+    """It is not pid 1, so that signals end it as they end any other; that one goes with it, and all others."""
+
+    def ended(script: str) -> tuple[int, int, bytes]:
+        document = json.loads(agent.spec("/bin/sh", "-c", script))
+        document["annotations"] = {"io.katapy.init": "true"}
+        stdio, streams = agent.streams("stdout")
+        agent.call("CreateContainer", container_id="below", spec=json.dumps(document).encode(), stdio=stdio)
+        agent.call("StartContainer", container_id="below")
+        output = read_all(streams["stdout"])
+        end = agent.call("WaitProcess", container_id="below")
+        agent.call("RemoveContainer", container_id="below")
+        return end.exit_status, end.signal, output
+
+    assert ended("kill -15 $$") == (143, signal.SIGTERM, b"")
+    assert ended("exit 143") == (143, 0, b"")
+    assert ended("for n in 1 2 3 6 9 15; do kill -$n 1; done; (sleep 0 &); echo $$") == (0, 0, b"2\n")
+    assert ended("sleep 1000 & sleep 1001 & echo on") == (0, 0, b"on\n")
+
+
 def test_processes_and_events(agent: Agent) -> None:
     events = agent.call("Events", timeout=30)
     agent.run("ps", "/bin/sleep", "1000")

@@ -24,6 +24,7 @@ _LIST_MAX: Final = 100_000
 _RESOLVE: Final = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _CHUNK: Final = 1 << 20
+_PATH_MAX: Final = 4095  # bytes, limits.h, without the NUL
 # How often what a guest changes meanwhile is looked up again (EAGAIN of openat2(2)).
 _TRIES: Final = 16
 
@@ -74,7 +75,7 @@ class Files:
         Raises Unavailable where there is no room for it: then all is as before.
         """
         content = data.encode() if isinstance(data, str) else data
-        directory, name = os.path.split(os.fsencode(path))
+        directory, name = os.path.split(_encoded(path))
         if name in (b"", b".", b".."):
             raise InvalidArgument(f"cannot write {_shown(path)}: no name of a file")
         with self._errors("write", path):
@@ -105,11 +106,11 @@ class Files:
     def make_directory(self, path: str | bytes) -> None:
         """Make a directory and those above it; one that is there is no error."""
         with self._errors("make", path):
-            os.close(self._make_directories(os.fsencode(path)))
+            os.close(self._make_directories(_encoded(path)))
 
     def remove(self, path: str | bytes) -> None:
         """Remove a file, a link or an empty directory. Raises NotFound."""
-        directory, name = os.path.split(os.fsencode(path).rstrip(b"/"))
+        directory, name = os.path.split(_encoded(path).rstrip(b"/"))
         if name in (b"", b".", b".."):
             raise InvalidArgument(f"cannot remove {_shown(path)}: no name")
         with self._errors("remove", path):
@@ -191,12 +192,10 @@ class Files:
             raise
 
     def _open(self, path: str | bytes, flags: int) -> int:
-        text = os.fsdecode(path)
-        if "\0" in text:
-            raise InvalidArgument("a path with a NUL byte")
+        encoded = _encoded(path) or b"."
         for _ in range(_TRIES):
             with suppress(BlockingIOError):
-                return linux.openat2(self._root(), text or ".", flags, resolve=_RESOLVE)
+                return linux.openat2(self._root(), os.fsdecode(encoded), flags, resolve=_RESOLVE)
         raise Unavailable(f"cannot open {_shown(path)}: it changes all the time")
 
     @contextmanager
@@ -224,6 +223,18 @@ def _kind(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "directory"
     return "link" if stat.S_ISLNK(mode) else "other"
+
+
+def _encoded(path: str | bytes) -> bytes:
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"{_shown(path)} is no path: it cannot be encoded") from None
+    if b"\0" in encoded:
+        raise InvalidArgument(f"{_shown(path)} is no path: it has a NUL byte")
+    if len(encoded) > _PATH_MAX:
+        raise InvalidArgument(f"{_shown(path)} is no path: it is longer than {_PATH_MAX} bytes")
+    return encoded
 
 
 def _shown(path: str | bytes) -> str:

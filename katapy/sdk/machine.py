@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from katapy.client.leftovers import gone
+from katapy.client.leftovers import finish, gone
 from katapy.client.pod import Launch, Pod
 from katapy.errors import InvalidState, KatapyError, NotFound, NotStarted, Timeout, Unavailable
 from katapy.oci.bundle import CONFIG, Bundle, load_bundle
@@ -164,6 +164,8 @@ def find_busybox() -> str:
 
 
 def forget(vm: Vm, container_id: str) -> None:
-    """Remove a container that did not come to run."""
+    """Remove a container that has ended, or did not come to run. Where its shim has died, only its state is left."""
     with suppress(KatapyError), vm.connect(container_id) as pod:
         pod.remove(force=True)
+    with suppress(KatapyError):
+        finish(vm.launch.root, container_id)

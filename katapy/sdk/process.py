@@ -236,11 +236,6 @@ class Process:
                 self._wake_reader.close()
             self._on_end(self)
 
-    def remove(self) -> None:
-        """Remove what is left of the run. To be called once, after its end."""
-        with suppress(KatapyError), self._connect() as pod:
-            pod.remove(force=True)
-
     def _carry(self, selector: selectors.BaseSelector) -> None:
         """Carry the streams until the end is told."""
         attachment = self._attachment

@@ -326,7 +326,7 @@ class Sandbox:
                     stdin=data,
                     held=held,
                     connect=lambda: vm.connect(name),
-                    ended=self._forget,
+                    ended=lambda process: self._forget(vm, name, process),
                 )
                 undo.pop_all()
         except attach.AttachError as error:
@@ -338,8 +338,10 @@ class Sandbox:
                 self._runs.add(process)
         return process
 
-    def _forget(self, process: Process) -> None:
-        process.remove()
+    def _forget(self, vm: Vm, name: str, process: Process) -> None:
+        from katapy.sdk.machine import forget
+
+        forget(vm, name)
         with self._lock:
             self._runs.discard(process)
 

@@ -58,49 +58,46 @@ def test_reading_and_writing(victim: Sandbox, directory: str) -> None:
     assert [each.name for each in files.list(directory)] == ["a", "file"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "{0}/secret",
-        "/../../../../../../..{0}/secret",
-        "/attack/../../../..{0}/secret",
-        "attack/../..{0}/secret",
-        "//{0}//secret",
-    ],
-)
-def test_paths_of_the_host(victim: Sandbox, directory: str, outside: Path, path: str) -> None:
+def test_paths_of_the_host(victim: Sandbox, outside: Path) -> None:
     """They name what is there in the sandbox, or nothing."""
-    given = path.format(outside)
-    with pytest.raises(NotFound):
-        victim.files.read(given)
-    assert not victim.files.exists(given)
-    victim.files.write(given, OWN)
-    assert victim.files.read(given) == OWN
-    victim.run(["rm", "-r", f"/{outside.parts[1]}"]) if outside.parts[1] != "tmp" else victim.files.remove(given)
-
-
-@pytest.mark.parametrize(
-    "target", ["{0}", "../../../../../..{0}", "/proc/1/root{0}", "/proc/self/root{0}", "/proc/self/cwd/..{0}"]
-)
-def test_links_to_the_host(victim: Sandbox, directory: str, outside: Path, target: str) -> None:
-    """To a directory and to a file; read, listed, written through and removed."""
-    files, to = victim.files, target.format(outside)
-    victim.run(["sh", "-c", 'ln -s "$0" d; ln -s "$0/secret" f', to], cwd=directory).check()
-    for path in ("d/secret", "f"):
+    for path in (
+        f"{outside}/secret",
+        f"/../../../../../../..{outside}/secret",
+        f"/etc/../../../..{outside}/secret",
+        f"etc/../..{outside}/secret",
+        f"//{outside}//secret",
+    ):
         with pytest.raises(NotFound):
-            files.read(f"{directory}/{path}")
-    with pytest.raises(NotFound):
-        files.list(f"{directory}/d")
-    with pytest.raises(KatapyError):
-        files.write(f"{directory}/d/secret", OWN)
-    with pytest.raises(KatapyError):
-        files.make_directory(f"{directory}/d/more")
-    with pytest.raises(NotFound):
-        files.remove(f"{directory}/d/secret")
-    # A link is replaced, not followed.
-    files.write(f"{directory}/f", OWN)
-    assert files.read(f"{directory}/f") == OWN
-    files.remove(f"{directory}/d")
+            victim.files.read(path)
+        assert not victim.files.exists(path)
+        victim.files.write(path, OWN)
+        assert victim.files.read(path) == OWN
+        victim.files.remove(path)
+    victim.run(["rm", "-r", os.path.join(*outside.parts[:3])]).check()
+
+
+def test_links_to_the_host(victim: Sandbox, directory: str, outside: Path) -> None:
+    """To a directory and to a file; read, listed, written through and removed."""
+    files = victim.files
+    for way in ("", "../../../../../..", "/proc/1/root", "/proc/self/root", "/proc/self/cwd/.."):
+        link = 'ln -s "$0" d; ln -s "$0/secret" f'
+        victim.run(["sh", "-c", link, f"{way}{outside}"], cwd=directory).check()
+        for path in ("d/secret", "f"):
+            with pytest.raises(NotFound):
+                files.read(f"{directory}/{path}")
+        with pytest.raises(NotFound):
+            files.list(f"{directory}/d")
+        with pytest.raises(KatapyError):
+            files.write(f"{directory}/d/secret", OWN)
+        with pytest.raises(KatapyError):
+            files.make_directory(f"{directory}/d/more")
+        with pytest.raises(NotFound):
+            files.remove(f"{directory}/d/secret")
+        # A link is replaced, not followed.
+        files.write(f"{directory}/f", OWN)
+        assert files.read(f"{directory}/f") == OWN
+        for name in ("d", "f"):
+            files.remove(f"{directory}/{name}")
 
 
 def test_links_are_the_sandboxs_own(victim: Sandbox, directory: str) -> None:
@@ -158,7 +155,7 @@ for name in (b"\xff\xfe", b"a\nb", b"-rf", b" ", b"n" * 255):
         victim.files.write(directory.encode() + b"/" + name, b"again")
         victim.files.remove(directory.encode() + b"/" + name)
     assert victim.files.list(directory) == []
-    for path in ("n" * 256, "a\0b", "a/" * 3000 + "b"):
+    for path in ("n" * 256, "a\0b", "a/" * 2100 + "b", "\ud800"):
         for call in (victim.files.read, victim.files.list, victim.files.remove, victim.files.exists):
             with pytest.raises(InvalidArgument):
                 call(f"{directory}/{path}")

@@ -63,7 +63,7 @@ class Shim:
         self.start_error: KatapyError | None = None
         self.usage_now: Usage | None = NOTHING
         self.killed = threading.Event()
-        self.removed = threading.Event()
+        self.ended = threading.Event()
         self.obeys = True
 
     def __enter__(self) -> Shim:
@@ -85,9 +85,6 @@ class Shim:
         if self.usage_now is None:
             raise Timeout("no answer")
         return self.usage_now
-
-    def remove(self, *, force: bool) -> None:
-        self.removed.set()
 
     def exit(self, status: int, number: int = 0) -> None:
         """End the container."""
@@ -114,14 +111,14 @@ class Shim:
             stdin=stdin,
             held=held,
             connect=lambda: connection,
-            ended=Process.remove,
+            ended=lambda _: self.ended.set(),
         )
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds in earnest takes a part of one."""
-    for name in ("_LOST_SECONDS", "_DRAIN_SECONDS", "_GRACE"):
+    for name in ("_LOST_SECONDS", "_DRAIN_SECONDS", "_GRACE", "_PATIENCE"):
         monkeypatch.setattr(module, name, 0.2)
 
 
@@ -167,7 +164,7 @@ def test_ends(
     verdict = process.wait()
     assert verdict.cpu_seconds == (None if usage is None else 5e-6)
     assert verdict.accelerator == "tcg"
-    assert shim.removed.wait(SECONDS)
+    assert shim.ended.wait(SECONDS)
 
 
 def test_wall_time(shim: Shim) -> None:
@@ -279,7 +276,7 @@ def test_output_waits_for_a_slow_reader(shim: Shim, monkeypatch: pytest.MonkeyPa
             sent += shim.streams["stdout"].send(bytes(4096))
     assert sent < 1 << 20
     shim.exit(0)
-    assert not shim.removed.wait(3 * module._DRAIN_SECONDS)
+    assert not shim.ended.wait(3 * module._DRAIN_SECONDS)
     assert sum(len(chunk.data) for chunk in process) == sent
     assert ended(process) == (KilledBy.NONE, True, 0, None)
 
@@ -323,7 +320,7 @@ def test_a_command_that_cannot_start(shim: Shim) -> None:
     shim.start_error = CommandNotFound("no such command")
     with pytest.raises(CommandNotFound, match="no such command"):
         shim.begin()
-    assert shim.removed.is_set()
+    assert shim.ended.is_set()
 
 
 def _dies(shim: Shim) -> None:
