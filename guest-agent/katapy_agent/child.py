@@ -309,6 +309,8 @@ def _reap_only() -> NoReturn:
     os.setsid()
     # Above all the control socket, whose end says that the program runs.
     os.closerange(0, _DESCRIPTORS_MAX)
+    # From within, only a signal that has a handler reaches an init, and Python has given it one.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The kernel reaps for who ignores this.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:

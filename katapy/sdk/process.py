@@ -430,13 +430,15 @@ class Process:
         for name in list(self._attachment.streams):
             if name == "stdin":
                 self._close_stream(selector, name)
-        while self._attachment.streams and (left := deadline - time.monotonic()) > 0:
+        while self._attachment.streams:
             with self._condition:
                 self._input.clear()
                 self._input_ends = False
                 if self._held and self._waiting >= _WINDOW and self._cause is None:
                     # It is the reader who takes time.
                     deadline = time.monotonic() + _DRAIN_SECONDS
+            if (left := deadline - time.monotonic()) <= 0:
+                return
             self._choose(selector)
             for key, events in selector.select(min(left, 1.0)):
                 if key.fileobj is not self._attachment.control:

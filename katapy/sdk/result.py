@@ -14,9 +14,13 @@ class RunFailed(KatapyError):
 
     def __init__(self, result: Result[str] | Result[bytes]) -> None:
         verdict = result.verdict
-        how = f"status {verdict.exit_code}" if verdict.exit_code is not None else f"signal {verdict.signal}"
+        how = "was ended"
+        if verdict.exit_code is not None:
+            how = f"ended with status {verdict.exit_code}"
+        elif verdict.signal is not None:
+            how = f"ended with signal {verdict.signal}"
         by = "" if verdict.killed_by is KilledBy.NONE else f" ({verdict.killed_by})"
-        super().__init__(f"{result.args[0][:100]!r} ended with {how}{by}")
+        super().__init__(f"{result.args[0][:100]!r} {how}{by}")
         self.result = result
 
 

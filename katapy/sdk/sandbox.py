@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # loaded when one is started
 DEFAULT_TIMEOUT: Final = 60.0
 # A container is made in a fraction of that, wherever its VM answers at all.
 _CREATE_SECONDS: Final = 60.0
-_USER: Final = re.compile(r"(\d{1,10})(?::(\d{1,10}))?")
+_USER: Final = re.compile(r"(\d{1,10})(?::(\d{1,10}))?", re.ASCII)
 _ID_MAX: Final = (1 << 32) - 2
 PathLike = str | os.PathLike[str]
 

@@ -19,13 +19,27 @@ from pathlib import Path
 
 import cri as kubernetes
 import pytest
+from arena import Arena
+from arena import arena as make_arena
 from containerd_daemon import IMAGE, Containerd, start_containerd
 from ctr import sockets
-from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_bundle, make_busybox
+from harness import (
+    DEADLINE,
+    KATAPY,
+    SLOWNESS,
+    Edit,
+    Katapy,
+    MakeBundle,
+    await_ends,
+    descendants,
+    make_bundle,
+    make_busybox,
+)
 
+from katapy import Sandbox
 from katapy.cgroups.directory import MARK
 
-_GONE_WITHIN = 30.0
+_GONE_WITHIN = 30.0 * SLOWNESS
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -248,3 +262,20 @@ def cri(cri_daemon: Containerd, cri_messages: object, host: None) -> Iterator[ku
     """A client of that plugin."""
     with kubernetes.connect(cri_daemon, cri_messages) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    """Where the sandboxes of a module are attacked."""
+    with make_arena(tmp_path_factory.mktemp("arena")) as made:
+        yield made
+
+
+@pytest.fixture
+def victim(arena: Arena, request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """A sandbox to attack; afterwards nobody else has noticed, and the host is as it was."""
+    sandbox = arena.victim()
+    # What was started up to now is there afterwards.
+    request.getfixturevalue("host")
+    yield sandbox
+    arena.check()
