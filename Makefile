@@ -9,6 +9,7 @@ NODE_IMAGE ?= localhost/katapy-node
 # Debian's own, the same as the guest's.
 PYTHON ?= /usr/bin/python3
 BIN := .venv/bin
+LAB := PYTHONPATH=images:tests $(BIN)/python tests/lab/run.py
 PROTOC := $(BIN)/python -m grpc_tools.protoc
 export PYTHON
 
@@ -26,7 +27,7 @@ removed := $(if $(filter-out $(RECIPE),$(file <build/image)),FORCE)
 # The example's configuration holds the host's kernel.
 rebooted := $(if $(findstring HOST_KERNEL=$(file </proc/sys/kernel/osrelease)",$(file <$(HELLO)/config.json)),,FORCE)
 
-.PHONY: run setup test unit soak bench lint format proto image node-image guest-kernel install uninstall clean help FORCE
+.PHONY: run setup test unit lab lab-shell soak bench lint format proto image node-image guest-kernel install uninstall clean help FORCE
 .DELETE_ON_ERROR:
 
 run: setup $(HELLO)/config.json ## set up, then run examples/hello in a virtual machine
@@ -52,12 +53,19 @@ $(HELLO)/config.json: build/packages $(wildcard /bin/busybox) $(addprefix $(HELL
 
 test: setup lint ## all tests but the long ones; as root
 	@scripts/setup test-tools
-	@for tests in tests/unit guest-agent/tests tests/integration; do \
-		echo "$$tests:"; $(BIN)/pytest -q -m 'not soak' $$tests || exit 1; done
+	@mkdir -p build/results && rm -f build/results/*
+	@for tests in tests/unit guest-agent/tests; do echo "$$tests:"; $(BIN)/pytest -q -m 'not soak' $$tests || exit 1; done
+	@echo tests/integration:; KATAPY_RECORD=$(CURDIR)/build/results/integration.jsonl $(BIN)/pytest -q -m 'not soak' tests/integration
 	@echo tests/functional:; $(BIN)/python scripts/functional_tests.py
 
 unit: .venv/installed ## the tests that need no root and no virtual machine
 	@$(BIN)/pytest -q -m 'not root and not vm and not soak' tests/unit
+
+lab: setup ## the tests of features that the hardware path has, on an emulated host with KVM; as root
+	@$(LAB)
+
+lab-shell: setup ## a shell on that host
+	@$(LAB) --shell
 
 soak: setup ## the long tests; as root
 	@$(BIN)/pytest -q -m soak tests

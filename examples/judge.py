@@ -26,23 +26,25 @@ def main() -> None:
     parser.add_argument("--meta", type=Path, metavar="DIR")
     options = parser.parse_args()
 
-    # The program is root's, and runs as nobody: it cannot replace itself between two tests. fresh=True would give each
-    # test a VM of its own, so that none could leave anything for the next.
-    with Sandbox(memory=options.memory, output=options.output, processes=16, disk="16M") as sandbox:
-        sandbox.files.write("/submission.py", options.submission.read_bytes())
-        for test in sorted(options.tests.glob("*.in")):
-            result = sandbox.run(
-                ["python3", "/submission.py"],
-                input=test.read_bytes(),
-                user="65534:65534",
-                cpu_time=options.cpu,
-                timeout=10 * options.cpu,  # also a program that only sleeps comes to an end
-            )
-            status, message = judge(result, test.with_suffix(".out").read_text())
-            print(f"{test.stem:8} {status}  {message}".rstrip())
-            if options.meta:
-                options.meta.mkdir(parents=True, exist_ok=True)
-                (options.meta / f"{test.stem}.meta").write_text(result.verdict.to_meta())
+    # With fresh=True each test has a VM of its own, so that none can leave anything for the next.
+    sandbox = Sandbox(
+        ro={options.submission: "/submission.py"},
+        fresh=True,
+        user="65534:65534",
+        cpu_time=options.cpu,
+        timeout=10 * options.cpu,  # also a program that only sleeps comes to an end
+        memory=options.memory,
+        output=options.output,
+        processes=16,
+        disk="16M",
+    )
+    for test in sorted(options.tests.glob("*.in")):
+        result = sandbox.run(["python3", "/submission.py"], input=test.read_bytes())
+        status, message = judge(result, test.with_suffix(".out").read_text())
+        print(f"{test.stem:10} {status}  {message}".rstrip())
+        if options.meta:
+            options.meta.mkdir(parents=True, exist_ok=True)
+            (options.meta / f"{test.stem}.meta").write_text(result.verdict.to_meta())
 
 
 def judge(result: Result[str], wanted: str) -> tuple[str, str]:

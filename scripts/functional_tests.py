@@ -2,11 +2,12 @@
 
 functional_tests.py [ARGUMENT OF PYTEST...]. In one VMs are restored from templates; in the other they are booted, and
 then come the tests of sandboxes. Each run sees its own mounts alone; what the second lane prints comes last. The exit
-status is 0 where all pass.
+status is 0 where all pass. What each test did is in build/results.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import BinaryIO
 
 SOURCE = Path(__file__).resolve().parents[1]
 LOG = SOURCE / "build/functional.log"
+RESULTS = SOURCE / "build/results"
 PYTEST = ["unshare", "--mount", "--propagation", "private", ".venv/bin/pytest", "-q"]
 SANDBOXES = "tests/functional/test_sandbox*.py"
 NO_TESTS = 5
@@ -27,11 +29,12 @@ def main() -> int:
     """Run the tests."""
     arguments = sys.argv[1:] or ["-m", "not soak"]
     sandboxes = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.glob(SANDBOXES))
-    first = [[*PYTEST, "tests/functional", f"--ignore-glob={SANDBOXES}", *arguments]]
-    second = [
-        [*PYTEST, "tests/functional", f"--ignore-glob={SANDBOXES}", *arguments, "--starts", "cold"],
-        [*PYTEST, *sandboxes, *arguments],
-    ]
+    most = ["tests/functional", f"--ignore-glob={SANDBOXES}"]
+    first = {"warm": [*PYTEST, *most, *arguments]}
+    second = {
+        "cold": [*PYTEST, *most, *arguments, "--starts", "cold"],
+        "sandboxes": [*PYTEST, *sandboxes, *arguments],
+    }
     running: list[subprocess.Popen[bytes]] = []
     interrupted = threading.Event()
 
@@ -44,18 +47,18 @@ def main() -> int:
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, lambda *_: interrupted.set())
 
-    def run(lane: list[list[str]], output: BinaryIO | None) -> None:
-        for command in lane:
+    def run(lane: dict[str, list[str]], output: BinaryIO | None) -> None:
+        for name, command in lane.items():
             if interrupted.is_set():
                 return
-            process = subprocess.Popen(command, cwd=SOURCE, stdout=output, stderr=output)
+            process = subprocess.Popen(command, cwd=SOURCE, stdout=output, stderr=output, env=_recorded(name))
             running.append(process)
             # Of what is chosen by the arguments a lane may have none.
             if process.wait() not in (0, NO_TESTS):
                 failed.set()
 
     failed = threading.Event()
-    LOG.parent.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     with LOG.open("wb") as log:
         lane = threading.Thread(target=run, args=(second, log))
         lane.start()
@@ -65,6 +68,12 @@ def main() -> int:
     with LOG.open("rb") as printed:
         shutil.copyfileobj(printed, sys.stdout.buffer)
     return int(interrupted.is_set() or failed.is_set())
+
+
+def _recorded(name: str) -> dict[str, str]:
+    file = RESULTS / f"functional-{name}.jsonl"
+    file.unlink(missing_ok=True)
+    return {**os.environ, "KATAPY_RECORD": str(file)}
 
 
 if __name__ == "__main__":

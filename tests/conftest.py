@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 
 import pytest
+from record import Recorder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    named = os.environ.get("KATAPY_RECORD")
+    if named:
+        config.pluginmanager.register(Recorder(Path(named), nothing_skipped="KATAPY_LAB" in os.environ))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -66,6 +66,7 @@ class Sandbox:
         self._cgroup: HostCgroup | None = None
         self._added = asyncio.Condition()
         self._creating: set[asyncio.Task[Any]] = set()
+        self._removals: dict[Container, asyncio.Task[None]] = {}
         self._closing = False
         self._containers: dict[str, Container] = {}
         self._layering = threading.Lock()
@@ -390,6 +391,7 @@ class Sandbox:
         await self._signals.close()
         for container in list(self._containers.values()):
             await self._forget(container)
+        await asyncio.gather(*self._removals.values(), return_exceptions=True)
         await _ended(*self._watches)
         if self._failure_watch is not None:
             if machine is not None and machine.failed_with() is not None:
@@ -519,7 +521,15 @@ class Sandbox:
             log.debug("%s: no more events: %s", self.id, error)
 
     async def _forget(self, container: Container) -> None:
-        """Remove every trace of a container: in the guest as far as that answers, on the host in any case."""
+        """Remove every trace of a container; what is begun is done, also when whoever waits for it is cancelled."""
+        if container not in self._removals:
+            removal = asyncio.create_task(self._remove_container(container), name=f"remove {container.id}")
+            self._removals[container] = removal
+            removal.add_done_callback(lambda _: self._removals.pop(container))
+        await asyncio.shield(self._removals[container])
+
+    async def _remove_container(self, container: Container) -> None:
+        """Remove a container in the guest as far as that answers, on the host in any case."""
         container_id, machine = container.init.container_id, self._machine
         for process in container.processes():
             process.close()

@@ -62,6 +62,7 @@ class AsyncSandbox:
         fresh: bool = False,
         pool: PathLike | None = None,
         config: PathLike | None = None,
+        state_dir: PathLike | None = None,
     ) -> None:
         """Describe a sandbox; nothing is started yet. The parameters are those of Sandbox. Raises InvalidArgument."""
         self._given: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("self", "fresh")}

@@ -41,6 +41,7 @@ class User:
 
     uid: int = 0
     gid: int = 0
+    groups: tuple[int, ...] = ()
 
 
 ROOT: Final = User()
@@ -102,7 +103,12 @@ def run(base: Base, command: Command, sandbox_id: str) -> dict[str, Any]:
         "terminal": command.terminal,
         "cwd": command.cwd,
         "env": [f"{name}={value}" for name, value in command.environment.items()],
-        "user": {**document["process"].get("user", {}), "uid": command.user.uid, "gid": command.user.gid},
+        "user": {
+            **document["process"]["user"],
+            "uid": command.user.uid,
+            "gid": command.user.gid,
+            "additionalGids": list(command.user.groups),
+        },
     }
     document["mounts"] += [dict(mount) for mount in base.mounts]
     document["mounts"] += [

@@ -23,10 +23,10 @@ from katapy.client.pod import Pod
 from katapy.errors import InvalidState, KatapyError, OutcomeUnknown, Timeout, Unavailable
 from katapy.verdict import KilledBy, Verdict
 
-# A timeout is to be over half a second after the limit, whatever the guest does.
+# A timeout is to be over half a second after the limit, whatever the guest does. Nothing else is as urgent, and a guest
+# that is only slow keeps its VM.
 _GRACE: Final = 0.3
-# Whom the caller ends, or what prints too much, is less urgent: the VM may serve other runs, on a slow machine, too.
-_PATIENCE: Final = 3.0
+_PATIENCE: Final = 5.0
 # For a shim that is to notice that its VM has gone.
 _LOST_SECONDS: Final = 10.0
 # What a process has left in its streams, after its end.
@@ -103,7 +103,7 @@ class Process:
         self._wake_writer.setblocking(False)
         self._input = bytearray(stdin or b"")
         self._input_ends = stdin is not None
-        self._chunks: deque[Chunk] = deque()
+        self._chunks: deque[tuple[str, bytearray]] = deque()
         self._waiting = 0  # bytes in _chunks
         self._printed = 0
         self.truncated = False
@@ -188,10 +188,10 @@ class Process:
                 raise Timeout(f"{self._name} has printed nothing for {timeout:g} s")
             if not self._chunks:
                 return None
-            chunk = self._chunks.popleft()
-            self._waiting -= len(chunk.data)
+            name, data = self._chunks.popleft()
+            self._waiting -= len(data)
         self._wake()
-        return chunk
+        return Chunk(name, bytes(data))
 
     def __iter__(self) -> Iterator[Chunk]:
         while (chunk := self.read()) is not None:
@@ -308,7 +308,11 @@ class Process:
             taken = data[: max(self._bounds.output - self._printed, 0)]
             self._printed += len(taken)
             if taken:
-                self._chunks.append(Chunk(name, taken))
+                # Many small pieces would take more memory than what is in them.
+                if self._chunks and self._chunks[-1][0] == name and len(self._chunks[-1][1]) < _CHUNK:
+                    self._chunks[-1][1].extend(taken)
+                else:
+                    self._chunks.append((name, bytearray(taken)))
                 self._waiting += len(taken)
                 self._condition.notify_all()
             if len(taken) < len(data):
@@ -397,8 +401,7 @@ class Process:
     def _strike(self, cause: KilledBy) -> None:
         """Begin to end the run. The caller holds the condition."""
         self._cause = cause
-        grace = _GRACE if cause in (KilledBy.WALL, KilledBy.CPU) else _PATIENCE
-        self._give_up_at = time.monotonic() + grace
+        self._give_up_at = time.monotonic() + (_GRACE if cause is KilledBy.WALL else _PATIENCE)
         # The answer may take its time; the clock goes on here.
         threading.Thread(target=self._send_kill, name=f"kill {self._name}", daemon=True).start()
 

@@ -24,17 +24,8 @@ from katapy import held, jsonfile, linux
 from katapy.errors import InvalidArgument, KatapyError, NotFound, PermissionDenied, Unavailable
 from katapy.jsonfile import printable
 from katapy.storage.image_config import ImageConfig
-from katapy.storage.image_layout import (
-    Image,
-    Layer,
-    Source,
-    Unpacked,
-    Verified,
-    find_image,
-    open_source,
-    sniff_compression,
-    split_reference,
-)
+from katapy.storage.image_layout import Image, Layer, find_image
+from katapy.storage.image_source import Source, Unpacked, Verified, open_source, sniff_compression, split_reference
 from katapy.storage.unpack import Budget, Limits, unpack_layer
 from katapy.tree import empty_directory
 

@@ -30,6 +30,8 @@ _RESOLVE: Final = linux.RESOLVE_IN_ROOT | linux.RESOLVE_NO_MAGICLINKS | linux.RE
 _PATH_MAX: Final = 4095
 # Far more than any real tree, and few enough to have a descriptor for each.
 _DEPTH_MAX: Final = 200
+# What is remembered of a layer's paths: a million of the usual ones are a quarter of it.
+_OWN_MAX: Final = 256 << 20
 _WHITEOUT: Final = b".wh."
 _OPAQUE: Final = b".wh..wh..opq"
 _CAPABILITY: Final = b"security.capability"
@@ -87,17 +89,19 @@ def unpack_layer(stream: Stream, root_fd: int, budget: Budget, *, what: str) -> 
     Device nodes are left out: a container's /dev is its own. Raises InvalidArgument for what no layer may hold,
     Unavailable where the host cannot keep it.
     """
-    _Layer(root_fd, what).unpack(TarReader(stream, what=what, count=budget.add_member))
+    _Layer(root_fd, budget, what).unpack(TarReader(stream, what=what, count=budget.add_member))
 
 
 class _Layer:
     """One layer on its way into the root."""
 
-    def __init__(self, root_fd: int, what: str) -> None:
+    def __init__(self, root_fd: int, budget: Budget, what: str) -> None:
         self._root = root_fd
+        self._budget = budget
         self._what = what
         # What whiteouts of this layer leave alone: its members and the directories above them, as the archive has them.
         self._own: set[bytes] = set()
+        self._own_bytes = 0
         self._opaque: set[bytes] = set()
         self._times: dict[bytes, int] = {}
         self._root_time: int | None = None
@@ -236,6 +240,9 @@ class _Layer:
     def _note(self, path: bytes) -> None:
         while path and path not in self._own:
             self._own.add(path)
+            self._own_bytes += len(path)
+            if self._own_bytes > _OWN_MAX:
+                raise InvalidArgument(f"{self._what}: more than {_OWN_MAX} bytes of paths")
             path = path.rpartition(b"/")[0]
 
     # Paths
@@ -266,6 +273,8 @@ class _Layer:
             if not make:
                 raise
         with self._parent(parts, make=True) as above:
+            # One that no member names counts like one that does.
+            self._budget.add_member()
             os.mkdir(parts[-1], 0o755, dir_fd=above)
         return linux.openat2(self._root, path, _DIRECTORY, resolve=_RESOLVE)
 

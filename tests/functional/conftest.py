@@ -23,12 +23,23 @@ from arena import Arena
 from arena import arena as make_arena
 from containerd_daemon import IMAGE, Containerd, start_containerd
 from ctr import sockets
-from harness import DEADLINE, KATAPY, Edit, Katapy, MakeBundle, await_ends, descendants, make_bundle, make_busybox
+from harness import (
+    DEADLINE,
+    KATAPY,
+    SLOWNESS,
+    Edit,
+    Katapy,
+    MakeBundle,
+    await_ends,
+    descendants,
+    make_bundle,
+    make_busybox,
+)
 
 from katapy import Sandbox
 from katapy.cgroups.directory import MARK
 
-_GONE_WITHIN = 30.0
+_GONE_WITHIN = 30.0 * SLOWNESS
 _PR_SET_CHILD_SUBREAPER = 36
 
 

@@ -15,11 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from katapy.config import Config
 from katapy.oci.default import default_spec
+from katapy.transport.vsock import VsockKind, find_kind
 
 KATAPY = Path(sys.executable).with_name("katapy")
 # Generous: the machine may be slow, shared, and without hardware virtualization.
-DEADLINE = 120.0
+SLOWNESS = 5.0 if "KATAPY_LAB" in os.environ else 1.0
+"""How much longer things take here than on a machine without emulation, or with only one."""
+DEADLINE = 120.0 * SLOWNESS
 
 
 Edit = Callable[[dict[str, Any]], None]
@@ -73,6 +77,11 @@ class Katapy:
         answer: dict[str, Any] = json.loads(self("state", container_id, check=True).stdout)
         return answer
 
+    def saved(self, container_id: str) -> dict[str, Any]:
+        """Return what is saved of a container."""
+        document: dict[str, Any] = json.loads((self.root / container_id / "state.json").read_text())
+        return document
+
 
 def make_bundle(
     directory: Path, rootfs: Path, args: Sequence[str], *, edit: Edit | None = None, readonly: bool = True
@@ -115,6 +124,11 @@ def await_ends(known: Collection[int], seconds: float) -> dict[int, str]:
         select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
         os.close(fd)
     return {pid: name for pid, name in descendants().items() if pid not in known}
+
+
+def vsock_kind() -> VsockKind:
+    """Return which vsock device pods get here."""
+    return find_kind(Config.load().hypervisor.vsock)
 
 
 def await_true(condition: Callable[[], bool]) -> None:

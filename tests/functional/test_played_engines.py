@@ -570,7 +570,7 @@ def test_killed_in_a_create(containerd: Containerd, busybox: Path) -> None:
 
     hooks = {point: hook(point) for point in ("createRuntime", "poststop")}
     kinds = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]
-    with ThreadPoolExecutor(1) as threads:
+    with ThreadPoolExecutor(1) as threads, (directory / "poststop").open("r+b", buffering=0) as gate:
         creating = threads.submit(
             containerd.create, "c1", busybox, *SLEEP, service=TASK_V2, namespaces=kinds, hooks=hooks
         )
@@ -582,11 +582,49 @@ def test_killed_in_a_create(containerd: Containerd, busybox: Path) -> None:
         first.close()
         await_true((directory / "in-poststop").exists)
         assert_not_there(task)
-        (directory / "poststop").write_text("go on\n")
+        gate.write(b"\n")
         with pytest.raises(Closed):
             creating.result()
     assert task.connection.wait_closed()
     assert containerd.clean_up("c1", bundle).exit_status == 137
+
+
+def test_a_pod_that_ends_while_a_create_fails(containerd: Containerd, busybox: Path) -> None:
+    """As where a part of the VM is killed in a Create: the plugin removes the sandbox when it hears of the VM's end.
+
+    The undoing of the Create was interrupted by the end of the pod, and the container's state was left.
+    """
+    directory = containerd.directory
+    os.mkfifo(directory / "gate")
+    script = f"touch {directory}/undoing; read _ < {directory}/gate; touch {directory}/undone"
+    hooks = {
+        "createRuntime": [{"path": "/bin/false", "args": ["false"]}],
+        "poststop": [{"path": "/bin/sh", "args": ["sh", "-c", script]}],
+    }
+
+    def settings(kind: str) -> dict[str, Any]:
+        annotations = {"io.kubernetes.cri.container-type": kind, "io.kubernetes.cri.sandbox-id": "p1"}
+        return {"annotations": annotations, "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]}
+
+    sandbox, bundle = containerd.create("p1", busybox, *SLEEP, service=TASK_V2, **settings("sandbox"))
+    sandbox.start("p1")
+    with ThreadPoolExecutor(1) as threads, (directory / "gate").open("r+b", buffering=0) as gate:
+        config = settings("container")
+        creating = threads.submit(containerd.create, "c1", busybox, *SLEEP, service=TASK_V2, hooks=hooks, **config)
+        await_true((directory / "undoing").exists)
+        sandbox.kill("p1", signal.SIGKILL)
+        assert sandbox.begin_wait("p1")() == 137
+        sandbox.delete("p1")
+        sandbox.shutdown("p1")
+        assert (containerd.root / "c1").exists()
+        gate.write(b"\n")
+        with pytest.raises((Refused, Closed)):
+            creating.result()
+    assert sandbox.connection.wait_closed()
+    assert (directory / "undone").exists()
+    await_true(lambda: not list(containerd.root.iterdir()))
+    for container in ("p1", "c1"):
+        containerd.clean_up(container, bundle)
 
 
 def test_signals_while_the_vm_dies(containerd: Containerd, busybox: Path) -> None:

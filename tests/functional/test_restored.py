@@ -25,15 +25,18 @@ BOOTED = "boot the guest"
 @pytest.fixture
 def katapy_with(katapy: Katapy, tmp_path: Path) -> MakeKatapy:
     """Give a command line whose templates are its own: ``katapy_with('templates_max = 1')``."""
+    config = Config.load()
 
     def make(*settings: str) -> Katapy:
         data_dir = tmp_path / "data"
         if not data_dir.exists():
             data_dir.mkdir()
             for name in ("image", "kernel"):
-                (data_dir / name).symlink_to(Config.load().runtime.data_dir / name)
+                (data_dir / name).symlink_to(config.runtime.data_dir / name)
         file = tmp_path / "katapy.toml"
-        file.write_text("\n".join(["[hypervisor]", *settings, "[runtime]", f'data_dir = "{data_dir}"']))
+        hypervisor = ["[hypervisor]", f'vsock = "{config.hypervisor.vsock}"', *settings]
+        runtime = ["[runtime]", f'data_dir = "{data_dir}"', f"boot_timeout = {config.runtime.boot_timeout:g}"]
+        file.write_text("\n".join([*hypervisor, *runtime]))
         file.chmod(0o600)
         return Katapy(katapy.root, options=("--config", str(file)))
 

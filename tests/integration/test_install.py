@@ -45,4 +45,5 @@ def test_what_is_installed_works_and_goes_again(prefix: Path, tmp_path: Path) ->
     sources = Path(run(f"{prefix}/lib/katapy/bin/python", "-I", "-c", code).strip())
     assert sources.is_relative_to(prefix)
     assert (sources / "guest-agent/katapy_agent/init.py").is_file()
+    assert (sources / "default-root/default_root.py").is_file()
     assert not list(sources.rglob("__pycache__"))

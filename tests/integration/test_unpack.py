@@ -303,8 +303,18 @@ def test_whiteouts_of_dots_remove_nothing(unpack: Unpack, root: Path) -> None:
 def test_members_and_time_are_bounded(unpack: Unpack) -> None:
     with pytest.raises(InvalidArgument, match="image: more than 5 members"):
         unpack([member("a")] * 3, [member("a")] * 3, limits=Limits(members=5))
+    with pytest.raises(InvalidArgument, match="image: more than 5 members"):
+        unpack([member("implied/" * 10 + "a")], limits=Limits(members=5))
     with pytest.raises(InvalidArgument, match="image: not unpacked within 0 s"):
         unpack([member("a")], limits=Limits(seconds=0))
+
+
+def test_what_is_remembered_of_paths_is_bounded(unpack: Unpack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tree under many names, which links give it, would be remembered under each."""
+    monkeypatch.setattr("katapy.storage.unpack._OWN_MAX", 10_000)
+    links = [each for n in range(100) for each in (symlink(f"l{n}", "d"), member(f"l{n}/{'d/' * 60}file"))]
+    with pytest.raises(InvalidArgument, match="more than 10000 bytes of paths"):
+        unpack([directory("d"), *links])
 
 
 def test_trees_deeper_than_any_path_are_removed_again(unpack: Unpack) -> None:

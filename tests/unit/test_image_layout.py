@@ -16,7 +16,8 @@ from oci_images import CONFIG, INDEX, LAYER, MANIFEST, Layout, member, tar
 
 from katapy.errors import InvalidArgument, KatapyError, NotFound, Unsupported
 from katapy.storage.image_config import ImageConfig, parse_image_config
-from katapy.storage.image_layout import Image, find_image, open_source, split_reference
+from katapy.storage.image_layout import Image, find_image
+from katapy.storage.image_source import open_source, split_reference
 from katapy.storage.unpack import Limits
 
 ARM = {"os": "linux", "architecture": "arm64"}
@@ -137,6 +138,15 @@ def test_a_zipped_archive_that_is_a_bomb_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="100 times as large as compressed"):
         find(tmp_path / "image.tar", limits=Limits(ratio=100, ratio_from_bytes=1 << 20))
     assert [path.name for path in tmp_path.iterdir()] == ["image.tar"]
+
+
+def test_an_archive_of_too_many_or_too_long_names_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "image.tar").write_bytes(tar([member("a")] * 20_001))
+    with pytest.raises(InvalidArgument, match="more than 20000 members"):
+        find(tmp_path / "image.tar")
+    (tmp_path / "image.tar").write_bytes(tar([member("a" * 5000)]))
+    with pytest.raises(InvalidArgument, match="a name of 5000 bytes"):
+        find(tmp_path / "image.tar")
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", bytes(10240)])

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,8 @@ def test_what_is_written_is_read(files: list[tuple[bytes, bytes, int, int, int, 
 @given(st.binary(max_size=3000))
 @settings(deadline=None)
 def test_noise_is_refused_or_empty(data: bytes) -> None:
-    try:
+    with suppress(InvalidArgument):
         assert read(data) == []
-    except InvalidArgument:
-        assert data.strip(b"\0")
 
 
 @given(st.data())

@@ -1,6 +1,7 @@
 """Choosing a vsock device, and claiming a CID from the kernel's.
 
-Its streams need a guest: tests/functional/test_stdio.py has them on hosts with /dev/vhost-vsock.
+On hosts with /dev/vhost-vsock, as the lab is, tests/integration/test_vsock_kernel.py has the real one, and
+tests/functional/test_stdio.py its streams, which need a guest.
 """
 
 from __future__ import annotations

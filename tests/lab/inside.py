@@ -1,0 +1,103 @@
+"""What runs in the lab, as a service of its systemd: sets the project up where it was, and does the job.
+
+The project's disk is read-only at /lab, and the third disk is a tar file; what is printed, what tests do and what is
+left of them go out by virtio's ports. When this ends, the lab does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+from typing import Any, Final
+
+_HANDED: Final = "/dev/vdc"
+_JOB: Final = Path("/run/lab.json")
+_PORTS: Final = Path("/sys/class/virtio-ports")
+_RESULTS: Final = Path("/run/lab-results")
+_SHELL_TTY: Final = "/dev/hvc0"
+_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# A VM takes ten times as long to start here as on hardware.
+_TIMEOUT: Final = 600
+
+
+def _mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def _port(name: str) -> Path:
+    """Return the device of the port that QEMU calls ``name``."""
+    return next(Path("/dev", path.parent.name) for path in _PORTS.glob("*/name") if path.read_text().strip() == name)
+
+
+def _set_up() -> dict[str, Any]:
+    with tarfile.open(_HANDED) as tar:
+        tar.extractall("/")
+    job: dict[str, Any] = json.loads(_JOB.read_text())
+    # The virtual environment names its place.
+    project = Path(job["project"])
+    project.mkdir(parents=True, exist_ok=True)
+    _mount("-t", "tmpfs", "changes", "/mnt")
+    for name in ("upper", "work"):
+        Path("/mnt", name).mkdir()
+    _mount("-t", "overlay", "-o", "lowerdir=/lab,upperdir=/mnt/upper,workdir=/mnt/work", "project", str(project))
+    return job
+
+
+def _test(project: str, run: dict[str, Any]) -> int:
+    """Do one run of pytest and return its status."""
+    config = Path("/run", f"katapy-{run['name']}.toml")
+    config.write_text(run["config"])
+    environment = {
+        "PATH": _PATH,
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "KATAPY_LAB": run["name"],
+        "KATAPY_RECORD": str(_port("events")),
+        "KATAPY_CONFIG": str(config),
+    }
+    pytest = [".venv/bin/pytest", "-v", "-p", "no:cacheprovider", "-o", f"timeout={_TIMEOUT}"]
+    pytest += ["-o", "timeout_method=signal", f"--junit-xml={_RESULTS}/{run['name']}.xml", "--durations=15"]
+    argv = ["unshare", "--mount", "--propagation", "private", *pytest, *run["tests"]]
+    print(f"lab: {run['name']}", flush=True)
+    return subprocess.run(argv, cwd=project, env=environment, stdin=subprocess.DEVNULL).returncode
+
+
+def _tests(job: dict[str, Any]) -> None:
+    _RESULTS.mkdir()
+    output = os.open(_port("output"), os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    status = 0
+    for run in job["runs"]:
+        status = _test(job["project"], run) or status
+    with (_RESULTS / "journal.log").open("wb") as journal:
+        subprocess.run(["journalctl", "--boot", "--no-pager"], stdout=journal)
+    with _port("results").open("wb") as port, tarfile.open(fileobj=port, mode="w|") as tar:
+        tar.add(_RESULTS, "results")
+    # The last word: with it, all that was before has arrived.
+    _port("events").write_text(json.dumps({"status": status}) + "\n")
+
+
+def _shell(job: dict[str, Any]) -> None:
+    columns, rows = job["shell"]
+    environment = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", "TERM": job["term"], "KATAPY_LAB": "shell"}
+    subprocess.run(["stty", "-F", _SHELL_TTY, "sane", "cols", str(columns), "rows", str(rows)], check=True)
+    with open(_SHELL_TTY, "r+b", buffering=0) as terminal:  # noqa: PTH123
+        argv = ["setsid", "--ctty", "bash"]
+        subprocess.run(argv, stdin=terminal, stdout=terminal, stderr=terminal, cwd=job["project"], env=environment)
+
+
+def main() -> None:
+    """Do the job."""
+    job = _set_up()
+    if "shell" in job:
+        _shell(job)
+    else:
+        _tests(job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The lab: a host with KVM, vhost-vsock, vhost-net, cgroup v2 and systemd, emulated; tests run in it as they do here.
+
+run.py [--deadline SECONDS] [TEST...]   boot it, run the selection of tests/features.py in it, or what is named
+run.py --shell                          a shell in it
+
+QEMU's TCG emulates AMD's SVM, so a Debian in it has a working /dev/kvm. What the tests print is printed here while they
+run; build/lab-results holds that, the consoles, what each test did, and what the lab hands out at its end. The exit
+status is that of the tests, and 1 for a lab that ends without one or has to be ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import resource
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import termios
+import tty
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Final
+
+import recipe
+from features import FEATURES, HARDWARE
+from progress import LabError, Progress
+from steps import BuildError, call, run_main, step
+
+from katapy.assets import DEFAULT_DATA_DIR
+
+SOURCE: Final = Path(__file__).resolve().parents[2]
+_BUILD: Final = SOURCE / "build"
+_RESULTS: Final = _BUILD / "lab-results"
+# Of the project's directory: what has no use in the lab.
+_LEFT_OUT: Final = r"^(build|dist|\.git|\.(mypy|pytest|ruff|import_linter)_cache|\.hypothesis)(/|$)"
+_DEADLINE: Final = 45 * 60.0
+_MEMORY: Final = "5G"
+# String instructions and SMAP are what TCG emulates slowly: see katapy.hypervisor.cmdline.
+_CPU: Final = "max,+svm,-erms,-fsrm,-smap"
+_PARAMS: Final = "quiet panic=-1 no_timer_check clearcpuid=112 mitigations=off systemd.unit=lab.target"
+_RESULTS_MAX: Final = 256 << 20
+_CONSOLE_LINES: Final = 25
+_CHUNK: Final = 1 << 16
+
+# What is worth a second run, on the vsock device that most hosts with KVM do not use.
+_WITH_OWN_VSOCK: Final = (
+    "cold start",
+    "template start and restore",
+    "exec, kill, delete",
+    "terminals",
+    "two pods at once",
+)
+# Of the guests in the lab: they are emulated all the same, so what spares time under TCG does here.
+_CONFIG: Final = """[hypervisor]
+vsock = "{vsock}"
+kernel_params = ["mitigations=off", "clearcpuid=112"]
+[runtime]
+boot_timeout = 600
+"""
+
+
+def plan(tests: Sequence[str]) -> list[dict[str, object]]:
+    """Return the runs of pytest in the lab, each with a name, its arguments and katapy's configuration."""
+    if tests:
+        return [{"name": "named", "tests": list(tests), "config": _CONFIG.format(vsock="auto")}]
+    everything = [test for selected in (FEATURES | HARDWARE).values() for test in selected]
+    again = [test for name in _WITH_OWN_VSOCK for test in FEATURES[name]]
+    return [
+        {"name": "kernel-vsock", "tests": list(dict.fromkeys(everything)), "config": _CONFIG.format(vsock="auto")},
+        {"name": "user-vsock", "tests": list(dict.fromkeys(again)), "config": _CONFIG.format(vsock="user")},
+    ]
+
+
+@contextmanager
+def _disks(job: Mapping[str, object]) -> Iterator[tuple[Path, Path]]:
+    """Yield two disks: the project with its virtual environment, and a tar file of the guest's assets and the job."""
+    directory = _BUILD / "lab-disks"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    project, handed = directory / "project.erofs", directory / "handed.tar"
+    try:
+        with step("the project, for the lab"):
+            call(["mkfs.erofs", "--quiet", f"--exclude-regex={_LEFT_OUT}", project, SOURCE])
+            with tarfile.open(handed, "w") as tar:
+                for name in ("image", "kernel"):
+                    path = DEFAULT_DATA_DIR / name
+                    tar.add(path, str(path.relative_to("/")))
+                document = json.dumps(job).encode()
+                member = tarfile.TarInfo("run/lab.json")
+                member.size = len(document)
+                tar.addfile(member, io.BytesIO(document))
+        yield project, handed
+    finally:
+        shutil.rmtree(directory)
+
+
+def _argv(image: recipe.HostImage, disks: Sequence[Path], ports: dict[str, int], memory: str) -> list[str]:
+    """Return QEMU's arguments; ``ports`` are the descriptors of the console and of virtio's ports by their names."""
+    argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", _CPU, "-smp", "2"]
+    argv += ["-m", memory, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    argv += ["-kernel", str(image.kernel), "-initrd", str(image.initramfs)]
+    argv += ["-append", f"console=ttyS0 {_PARAMS}", "-device", "virtio-serial-pci"]
+    for number, path in enumerate((image.root, *disks)):
+        argv += ["-drive", f"file={path},if=none,id=disk{number},format=raw,readonly=on"]
+        argv += ["-device", f"virtio-blk-pci,drive=disk{number}"]
+    for name, fd in ports.items():
+        argv += ["-chardev", f"socket,id={name},fd={fd}"]
+        if name == "console":
+            argv += ["-serial", f"chardev:{name}"]
+        else:
+            argv += ["-device", f"{'virtconsole' if name == 'shell' else 'virtserialport'},chardev={name},name={name}"]
+    return argv
+
+
+@contextmanager
+def _start(
+    image: recipe.HostImage, disks: Sequence[Path], names: Sequence[str], memory: str
+) -> Iterator[dict[str, socket.socket]]:
+    """Run the lab; yield our ends of its ports. It is gone afterwards, whatever happens."""
+    with ExitStack() as stack:
+        pairs = {name: socket.socketpair() for name in names}
+        for ours, theirs in pairs.values():
+            stack.enter_context(ours)
+            stack.enter_context(theirs)
+        ports = {name: theirs.fileno() for name, (_, theirs) in pairs.items()}
+        argv = ["setpriv", "--pdeathsig=KILL", "--", *_argv(image, disks, ports, memory)]
+        with (_RESULTS / "qemu.log").open("wb") as log:
+            # A group of its own: what interrupts us must not end it before we have said where it is.
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=ports.values(), process_group=0
+            )
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        for _, theirs in pairs.values():
+            theirs.close()
+        yield {name: ours for name, (ours, _) in pairs.items()}
+
+
+def _listen(ports: dict[str, socket.socket], takers: Mapping[str, Callable[[bytes], object]], deadline: float) -> bool:
+    """Give what comes to its taker until the lab has ended; return whether it did before ``deadline``."""
+    with selectors.DefaultSelector() as selector:
+        for name, taker in takers.items():
+            selector.register(ports[name], selectors.EVENT_READ, taker)
+        while selector.get_map():
+            ready = selector.select(max(0.0, deadline - monotonic()))
+            if not ready:
+                return False
+            for key, _ in ready:
+                assert isinstance(key.fileobj, socket.socket)
+                data = key.fileobj.recv(_CHUNK)
+                if data:
+                    key.data(data)
+                else:
+                    selector.unregister(key.fileobj)
+    return True
+
+
+def _bounded(file: io.FileIO, limit: int) -> Callable[[bytes], None]:
+    """Return what writes to ``file`` and forgets what is more than ``limit`` bytes."""
+
+    def write(data: bytes) -> None:
+        if file.tell() + len(data) <= limit:
+            file.write(data)
+
+    return write
+
+
+def test(image: recipe.HostImage, tests: Sequence[str], deadline: float, memory: str) -> int:
+    """Run tests in the lab; return their exit status. Raises LabError where it has none."""
+    progress = Progress()
+    job = {"project": str(SOURCE), "runs": plan(tests)}
+    with ExitStack() as stack:
+        disks = stack.enter_context(_disks(job))
+        console, output, results = (
+            # Unbuffered: somebody may look at them meanwhile.
+            stack.enter_context((_RESULTS / name).open("w+b", buffering=0))
+            for name in ("console.log", "output.log", "results.tar")
+        )
+        keep = _bounded(output, _RESULTS_MAX)
+
+        def show(data: bytes) -> None:
+            keep(data)
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+
+        takers = {
+            "console": _bounded(console, _RESULTS_MAX),
+            "output": show,
+            "events": progress.take,
+            "results": _bounded(results, _RESULTS_MAX),
+        }
+        began = monotonic()
+        try:
+            with _start(image, disks, list(takers), memory) as ports:
+                ended = _listen(ports, takers, began + deadline)
+        finally:
+            (_RESULTS / "events.jsonl").write_bytes(progress.text)
+        if not ended:
+            raise LabError(f"the lab was ended after {deadline:.0f} s: it hung {progress.place()}{_last_words()}")
+        _unpack(_RESULTS / "results.tar")
+        if progress.status is None:
+            raise LabError(f"the lab has ended by itself {progress.place()}{_last_words()}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    times = f"{monotonic() - began:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of CPU"
+    print(f"lab: status {progress.status} after {times}; more in {_RESULTS}", flush=True)
+    return progress.status
+
+
+def _last_words() -> str:
+    lines = [line for name in ("qemu.log", "console.log") for line in _lines(_RESULTS / name)]
+    return "\n    ".join(["\nlast lines of its console:", *lines[-_CONSOLE_LINES:]])
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").replace("\r", "").splitlines()
+
+
+def _unpack(archive: Path) -> None:
+    """Unpack the plain files of the lab's results, by their last names."""
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    (_RESULTS / Path(member.name).name).write_bytes(file.read())
+    except tarfile.TarError as error:
+        print(f"lab: its results are damaged: {error}", file=sys.stderr)
+    else:
+        archive.unlink()
+
+
+def shell(image: recipe.HostImage, memory: str) -> int:
+    """Give a shell in the lab; it ends with it."""
+    job = {"project": str(SOURCE), "shell": list(os.get_terminal_size(0)), "term": os.environ.get("TERM", "linux")}
+    with ExitStack() as stack:
+        disks = stack.enter_context(_disks(job))
+        console = stack.enter_context((_RESULTS / "console.log").open("wb"))
+        ports = stack.enter_context(_start(image, disks, ["console", "shell"], memory))
+        saved = termios.tcgetattr(0)
+        stack.callback(termios.tcsetattr, 0, termios.TCSADRAIN, saved)
+        tty.setraw(0)
+        with selectors.DefaultSelector() as selector:
+            selector.register(0, selectors.EVENT_READ, ports["shell"].sendall)
+            selector.register(ports["shell"], selectors.EVENT_READ, lambda data: os.write(1, data))
+            selector.register(ports["console"], selectors.EVENT_READ, console.write)
+            while True:
+                for key, _ in selector.select():
+                    data = os.read(key.fd, _CHUNK)
+                    if not data:
+                        return 0
+                    key.data(data)
+
+
+def _interrupted(number: int, _frame: object) -> None:
+    raise LabError(f"interrupted by signal {number}")
+
+
+def main() -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description="run tests on an emulated host with KVM")
+    parser.add_argument("--shell", action="store_true", help="a shell instead of tests")
+    parser.add_argument("--deadline", type=float, default=_DEADLINE, help="seconds for all tests")
+    parser.add_argument("--memory", default=_MEMORY, help="of the lab, as QEMU takes it")
+    parser.add_argument("tests", nargs="*", help="node ids or options of pytest, after --")
+    options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupted)
+    shutil.rmtree(_RESULTS, ignore_errors=True)
+    _RESULTS.mkdir(parents=True)
+    try:
+        image = recipe.provide(_BUILD / "lab")
+        if options.shell:
+            sys.exit(shell(image, options.memory))
+        sys.exit(test(image, options.tests, options.deadline, options.memory))
+    except LabError as error:
+        sys.exit(f"lab: {error}")
+    except BuildError as error:
+        sys.exit(f"lab: {error}")
+
+
+if __name__ == "__main__":
+    run_main(main)
