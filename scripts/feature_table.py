@@ -57,7 +57,7 @@ def parse(lines: Iterable[str]) -> Outcomes:
 
 
 def render(outcomes: Outcomes) -> str:
-    """Return the table, and what is in no column of it."""
+    """Return the table, and which sorts of host have no column in it."""
     hosts = sorted({host for host, _ in outcomes}, key=_order)
     rows = [["feature", *(host.title() for host in hosts)], ["---"] * (len(hosts) + 1)]
     for feature in FEATURES | HARDWARE:
@@ -72,7 +72,7 @@ def render(outcomes: Outcomes) -> str:
         rows.append([feature, *(str(passed[host] or "") for host in hosts)])
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     missing = [host.title() for host in map(Host._make, itertools.product(*_VALUES)) if host not in hosts]
-    return f"\n{table}\nNot run anywhere:\n\n" + "".join(f"* {title}\n" for title in missing) + "\n"
+    return f"\n{table}\nNo results from:\n\n" + "".join(f"* {title}\n" for title in missing) + "\n"
 
 
 def _order(host: Host) -> list[int]:

@@ -1,7 +1,7 @@
 """What runs in the lab, as a service of its systemd: sets the project up where it was, and does the job.
 
-The project's disk is read-only at /lab, and the third disk is a tar file; what is printed, what tests do and what is
-left of them go out by virtio's ports. When this ends, the lab does.
+The project's disk is read-only at /lab, the third disk is a tar file, and the fourth has templates. What is printed,
+what tests do and what is left of them go out by virtio's ports. When this ends, the lab does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 _HANDED: Final = "/dev/vdc"
+_SCRATCH: Final = "/dev/vdd"
+_DATA_DIR: Final = "/var/lib/katapy"
 _JOB: Final = Path("/run/lab.json")
 _PORTS: Final = Path("/sys/class/virtio-ports")
 _RESULTS: Final = Path("/run/lab-results")
@@ -33,6 +35,8 @@ def _port(name: str) -> Path:
 
 
 def _set_up() -> dict[str, Any]:
+    Path(_DATA_DIR).mkdir(parents=True)
+    _mount("-t", "ext4", _SCRATCH, _DATA_DIR)
     with tarfile.open(_HANDED) as tar:
         tar.extractall("/")
     job: dict[str, Any] = json.loads(_JOB.read_text())

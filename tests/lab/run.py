@@ -47,6 +47,7 @@ _MEMORY: Final = "5G"
 # String instructions and SMAP are what TCG emulates slowly: see katapy.hypervisor.cmdline.
 _CPU: Final = "max,+svm,-erms,-fsrm,-smap"
 _PARAMS: Final = "quiet panic=-1 no_timer_check clearcpuid=112 mitigations=off systemd.unit=lab.target"
+_SCRATCH: Final = "6G"
 _RESULTS_MAX: Final = 256 << 20
 _CONSOLE_LINES: Final = 25
 _CHUNK: Final = 1 << 16
@@ -75,12 +76,15 @@ def plan(tests: Sequence[str]) -> list[dict[str, object]]:
 
 
 @contextmanager
-def _disks(job: Mapping[str, object]) -> Iterator[tuple[Path, Path]]:
-    """Yield two disks: the project with its virtual environment, and a tar file of the guest's assets and the job."""
+def _disks(job: Mapping[str, object]) -> Iterator[tuple[Path, Path, Path]]:
+    """Yield the disks: the project with its virtual environment, a tar file of the guest's assets and the job, and one
+    to write on. Templates are there: in the lab's own root, which is memory, they would count against the limit of the
+    pod that makes them.
+    """
     directory = _BUILD / "lab-disks"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    project, handed = directory / "project.erofs", directory / "handed.tar"
+    project, handed, scratch = (directory / name for name in ("project.erofs", "handed.tar", "scratch.ext4"))
     try:
         with step("the project, for the lab"):
             call(["mkfs.erofs", "--quiet", f"--exclude-regex={_LEFT_OUT}", project, SOURCE])
@@ -92,7 +96,8 @@ def _disks(job: Mapping[str, object]) -> Iterator[tuple[Path, Path]]:
                 member = tarfile.TarInfo("run/lab.json")
                 member.size = len(document)
                 tar.addfile(member, io.BytesIO(document))
-        yield project, handed
+            call(["mkfs.ext4", "-q", scratch, _SCRATCH])
+        yield project, handed, scratch
     finally:
         shutil.rmtree(directory)
 
@@ -104,7 +109,9 @@ def _argv(image: recipe.HostImage, disks: Sequence[Path], ports: dict[str, int],
     argv += ["-kernel", str(image.kernel), "-initrd", str(image.initramfs)]
     argv += ["-append", f"console=ttyS0 {_PARAMS}", "-device", "virtio-serial-pci"]
     for number, path in enumerate((image.root, *disks)):
-        argv += ["-drive", f"file={path},if=none,id=disk{number},format=raw,readonly=on"]
+        # Nobody needs what is on the scratch disk once the lab has ended.
+        options = "cache=unsafe" if path.suffix == ".ext4" else "readonly=on"
+        argv += ["-drive", f"file={path},if=none,id=disk{number},format=raw,{options}"]
         argv += ["-device", f"virtio-blk-pci,drive=disk{number}"]
     for name, fd in ports.items():
         argv += ["-chardev", f"socket,id={name},fd={fd}"]
