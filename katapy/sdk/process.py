@@ -425,6 +425,7 @@ class Process:
         for name in list(self._attachment.streams):
             if name == "stdin":
                 self._close_stream(selector, name)
+        ready: list[tuple[selectors.SelectorKey, int]] = []
         while self._attachment.streams:
             with self._condition:
                 self._input.clear()
@@ -432,10 +433,13 @@ class Process:
                 if self._held and self._waiting >= _WINDOW and self._cause is None:
                     # It is the reader who takes time.
                     deadline = time.monotonic() + _DRAIN_SECONDS
-            if (left := deadline - time.monotonic()) <= 0:
+            left = deadline - time.monotonic()
+            # What is there is taken, on a machine that is slower than that, too; it is what is not that is given up.
+            if left <= 0 and (not ready or self.truncated or self._cause is KilledBy.WALL):
                 return
             self._choose(selector)
-            for key, events in selector.select(min(left, 1.0)):
+            ready = selector.select(min(max(left, 0.0), 1.0))
+            for key, events in ready:
                 if key.fileobj is not self._attachment.control:
                     self._serve(selector, key, events)
                 else:
