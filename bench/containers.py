@@ -90,6 +90,7 @@ class Runtime:
     def __init__(self, name: str, program: str | Path, root: Path, options: Sequence[str | Path] = ()) -> None:
         self.name = name
         self.root = root
+        self.options = options
         self._prefix = [program, "--root", root, *options]
 
     def argv(self, *args: str | Path) -> list[str | Path]:
@@ -176,16 +177,19 @@ class Bundles:
         self._directory = directory
         self._numbers = itertools.count(1)
 
-    def make(self, *args: str, work: Path | None = None, network: Path | None = None) -> Path:
+    def make(
+        self, *args: str, rootfs: Path | None = None, work: Path | None = None, network: Path | None = None
+    ) -> Path:
         """Return a new bundle whose process has these arguments.
 
-        ``work`` is to be /work, ``network`` its network namespace; with either, /tmp is in memory.
+        ``rootfs`` is another root file system than the one that all share. ``work`` is to be /work, ``network`` its
+        network namespace; with either, /tmp is in memory.
         """
         bundle = self._directory / f"bundle{next(self._numbers)}"
         bundle.mkdir()
         spec: dict[str, Any] = default_spec()
         spec["process"] |= {"terminal": False, "args": list(args)}
-        spec["root"] = {"path": str(self.rootfs), "readonly": True}
+        spec["root"] = {"path": str(rootfs or self.rootfs), "readonly": True}
         if work is not None:
             spec["mounts"] += [
                 {"destination": "/work", "type": "bind", "source": str(work), "options": ["rbind", "rw"]},

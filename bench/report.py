@@ -21,6 +21,7 @@ _TITLES: Final = {
     "virtiofs": "virtio-fs",
     "network": "Networks",
     "engines": "Pods through containerd",
+    "sandbox": "Sandboxes",
     "cli": "Small verbs",
 }
 

@@ -34,6 +34,7 @@ import memory
 import network
 import plot
 import report
+import sandbox
 import start
 import streams
 import virtiofs
@@ -65,6 +66,7 @@ _GROUPS: Final[dict[str, tuple[Callable[[Bench], Recorder], ...]]] = {
     "virtiofs": (virtiofs.measure,),
     "network": (network.measure,),
     "engines": (engines.measure,),
+    "sandbox": (sandbox.measure,),
     "cli": (cli.measure,),
 }
 

@@ -15,7 +15,6 @@ FEATURES: Final[dict[str, tuple[str, ...]]] = {
     "cold start": (f"{_FUNCTIONAL}restored.py::test_a_vm_can_be_booted_instead",),
     "template start and restore": (
         f"{_FUNCTIONAL}restored.py::test_the_first_start_makes_it_and_the_second_is_restored",
-        f"{_FUNCTIONAL}restored.py::test_where_a_restore_fails_the_vm_is_booted",
     ),
     "run and exit status": (
         f"{_FUNCTIONAL}run.py::test_runs_in_another_kernel",
@@ -48,12 +47,10 @@ FEATURES: Final[dict[str, tuple[str, ...]]] = {
         f"{_FUNCTIONAL}containerd.py::test_output_and_exit_status",
         f"{_FUNCTIONAL}containerd.py::test_a_task_s_life",
         f"{_FUNCTIONAL}containerd.py::test_a_terminal",
-        f"{_FUNCTIONAL}containerd.py::test_two_at_once",
     ),
     "podman": (
         f"{_FUNCTIONAL}engines.py::test_attached",
-        f"{_FUNCTIONAL}engines.py::test_a_container_s_life",
-        f"{_FUNCTIONAL}engines.py::test_networks",
+        f"{_FUNCTIONAL}engines.py::test_limits",
     ),
     "cleanup after kill -9": (
         f"{_FUNCTIONAL}failures.py::test_part_killed_during_a_foreground_run[qemu]",

@@ -15,6 +15,7 @@ import pytest
 
 _KATAPY = Path(sys.executable).with_name("katapy")
 _CHECK_DEADLINE = 120.0
+_WHY_CHARACTERS = 3000
 
 
 class Recorder:
@@ -40,7 +41,9 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self._write(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 1))
+            # pytest prints this at its end only, which a lab that hangs does not see.
+            why = {"why": report.longreprtext[-_WHY_CHARACTERS:]} if report.outcome == "failed" else {}
+            self._write(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 1), **why)
         if report.outcome == "skipped":
             self._skipped.append(report.nodeid)
 

@@ -468,7 +468,7 @@ class Process:
         )
 
     def _ask_usage(self) -> Usage | None:
-        seconds = _USAGE_SECONDS if self._cause is None else _GRACE / 3
+        seconds = _GRACE / 3 if self._cause is KilledBy.WALL else _USAGE_SECONDS
         with suppress(KatapyError), self._connect() as pod:
             return pod.usage(timeout=seconds)
         return None

@@ -52,7 +52,9 @@ def test_the_judge(tmp_path: Path) -> None:
             "message": "Memory limit exceeded, says the guest",
         },
     }
-    assert all(measured <= lines.keys() for name, lines in meta.items() if name != "4-large")
+    assert all({"time", "time-wall"} <= lines.keys() for lines in meta.values())
+    # Of what the host has ended the guest may have been too slow to tell.
+    assert all(measured <= lines.keys() for lines in meta.values() if "killed" not in lines)
 
 
 def test_the_tool_of_an_agent() -> None:

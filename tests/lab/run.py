@@ -52,13 +52,7 @@ _CONSOLE_LINES: Final = 25
 _CHUNK: Final = 1 << 16
 
 # What is worth a second run, on the vsock device that most hosts with KVM do not use.
-_WITH_OWN_VSOCK: Final = (
-    "cold start",
-    "template start and restore",
-    "exec, kill, delete",
-    "terminals",
-    "two pods at once",
-)
+_WITH_OWN_VSOCK: Final = ("exec, kill, delete", "two pods at once")
 # Of the guests in the lab: they are emulated all the same, so what spares time under TCG does here.
 _CONFIG: Final = """[hypervisor]
 vsock = "{vsock}"
@@ -180,10 +174,10 @@ def test(image: recipe.HostImage, tests: Sequence[str], deadline: float, memory:
     job = {"project": str(SOURCE), "runs": plan(tests)}
     with ExitStack() as stack:
         disks = stack.enter_context(_disks(job))
-        console, output, results = (
+        console, output, events, results = (
             # Unbuffered: somebody may look at them meanwhile.
             stack.enter_context((_RESULTS / name).open("w+b", buffering=0))
-            for name in ("console.log", "output.log", "results.tar")
+            for name in ("console.log", "output.log", "events.jsonl", "results.tar")
         )
         keep = _bounded(output, _RESULTS_MAX)
 
@@ -192,18 +186,19 @@ def test(image: recipe.HostImage, tests: Sequence[str], deadline: float, memory:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
 
+        def note(data: bytes) -> None:
+            events.write(data)
+            progress.take(data)
+
         takers = {
             "console": _bounded(console, _RESULTS_MAX),
             "output": show,
-            "events": progress.take,
+            "events": note,
             "results": _bounded(results, _RESULTS_MAX),
         }
         began = monotonic()
-        try:
-            with _start(image, disks, list(takers), memory) as ports:
-                ended = _listen(ports, takers, began + deadline)
-        finally:
-            (_RESULTS / "events.jsonl").write_bytes(progress.text)
+        with _start(image, disks, list(takers), memory) as ports:
+            ended = _listen(ports, takers, began + deadline)
         if not ended:
             raise LabError(f"the lab was ended after {deadline:.0f} s: it hung {progress.place()}{_last_words()}")
         _unpack(_RESULTS / "results.tar")
