@@ -20,6 +20,8 @@ from katapy.config import Config
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
 _MIB = 1 << 20
+# Of memory: the kernel charges a little to those that it has no choice with.
+_MORE = 1 << 20
 # Of a timeout to its answer, where the machine is slow and shared: half a second is for the bench to show.
 _SOON = 5.0
 _GROW = """
@@ -129,7 +131,7 @@ def test_memory_hog(victim: Sandbox) -> None:
     result = victim.run(python("hog = []\nwhile True:\n    hog.append(bytearray(1 << 20))"))
     assert_ended(result, KilledBy.MEMORY, trusted=False, signal=signal.SIGKILL)
     assert result.usage.peak_memory_bytes is not None
-    assert 200 * _MIB < result.usage.peak_memory_bytes <= 256 * _MIB
+    assert 200 * _MIB < result.usage.peak_memory_bytes <= 256 * _MIB + _MORE
 
 
 def test_memory_hog_in_files_without_names(victim: Sandbox) -> None:
@@ -166,7 +168,7 @@ with open("/large", "rb", 0) as file:
     result = victim.run(python(read))
     assert_ended(result, KilledBy.NONE, exit_code=0)
     assert result.usage.peak_memory_bytes is not None
-    assert result.usage.peak_memory_bytes <= 256 * _MIB
+    assert result.usage.peak_memory_bytes <= 256 * _MIB + _MORE
     victim.files.remove("/large")
 
 
