@@ -147,7 +147,12 @@ def test_signals_and_kill(victim: Sandbox) -> None:
 
 def test_a_terminal(victim: Sandbox) -> None:
     with victim.start(
-        ["sh", "-c", "stty -echo; echo ready; read line; stty size; echo $line >&2; tty"], tty=True
+        [
+            "sh",
+            "-c",
+            "stty -echo; echo ready; read line; until stty size 2>/dev/null; do sleep 0.1; done; echo $line >&2; tty",
+        ],
+        tty=True,
     ) as process:
         shown = b""
         # A terminal passes on what it is given as that comes.
