@@ -56,7 +56,13 @@ _STARTS_OF_THEIR_OWN = (
     "test_installed_engines.py",
 )
 # What an agent does with a configuration, once it serves, hardly depends on how it came to that: `make soak`.
-_SELDOM_COLD = ("test_config_rules.py", "test_lifecycle_rules.py", "test_sandbox")
+_SELDOM_COLD = (
+    "test_config_rules.py",
+    "test_engines.py",
+    "test_lifecycle_rules.py",
+    "test_pod_network.py",
+    "test_sandbox",
+)
 _COLD = "[hypervisor]\ntemplate = false\n"
 
 
