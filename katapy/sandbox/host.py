@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -141,7 +142,14 @@ class Host:
             spec, save, name = container.bundle.spec, container.record.cgroup, self._cgroup_name(container)
             return HostCgroup.create(name, spec, limits, driver=self.driver, layout=self.layout, pid=pid, save=save)
 
-        container.cgroup = await asyncio.to_thread(make)
+        making = asyncio.create_task(asyncio.to_thread(make))
+        try:
+            container.cgroup = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            # The thread goes on, and nobody else would know of what it makes.
+            with suppress(KatapyError):
+                await remove_cgroup(await making)
+            raise
         return container.cgroup
 
     def _cgroup_name(self, container: Container) -> str:
