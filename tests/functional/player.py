@@ -257,14 +257,19 @@ class Streams:
         return self._output.get("stdout", b"").decode(), self._output.get("stderr", b"").decode()
 
     def _read(self, name: str) -> None:
-        with (self._directory / name).open("rb", buffering=0) as file:
+        # A process that never came to be opens no other end: this waits on, and a signal that the test process gets
+        # has the kernel look the name up anew, which is removed by then.
+        with contextlib.suppress(FileNotFoundError), (self._directory / name).open("rb", buffering=0) as file:
             while data := file.read(65536):
                 with self._news:
                     self._output[name] = self._output.get(name, b"") + data
                     self._news.notify_all()
 
     def _write(self, name: str) -> None:
-        fd = os.open(self._directory / name, os.O_WRONLY)
+        try:
+            fd = os.open(self._directory / name, os.O_WRONLY)
+        except FileNotFoundError:
+            return
         assert self._stdin is not None
         view = memoryview(self._stdin)
         while view:
