@@ -284,6 +284,28 @@ class StateDir:
         self.close()
 
 
+@contextmanager
+def scratch(root: str) -> Iterator[str]:
+    """Make a directory beside the containers', which goes when the context ends.
+
+    What a killed process leaves of it is removed as an unfinished container is. Raises Unavailable.
+    """
+    root = os.path.abspath(root)
+    name = f"~{os.urandom(8).hex()}"
+    with _open_root(root, create=True) as root_fd:
+        with _unavailable(f"cannot write to {printable(root)}"):
+            _sweep(root_fd)
+            os.mkdir(name, 0o700, dir_fd=root_fd)
+            fd = os.open(name, _DIRECTORY, dir_fd=root_fd)
+        try:
+            yield f"{root}/{name}"
+        finally:
+            with suppress(OSError):
+                empty_directory(fd)
+                os.rmdir(name, dir_fd=root_fd)
+            os.close(fd)
+
+
 def list_states(root: str) -> tuple[list[State], list[KatapyError]]:
     """Return the states of all containers, oldest first, and an error for each that cannot be read."""
     states: list[State] = []

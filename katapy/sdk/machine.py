@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ from katapy.client.pod import Launch, Pod
 from katapy.errors import InvalidState, KatapyError, NotFound, NotStarted, Timeout, Unavailable
 from katapy.oci.bundle import CONFIG, Bundle, load_bundle
 from katapy.sdk.process import host_cpu_seconds
-from katapy.state import ProcessRef
+from katapy.state import ProcessRef, scratch
 from katapy.storage.layer import DIRECTORY
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class Vm:
     def start(cls, launch: Launch, document: Mapping[str, Any]) -> Vm:
         """Start one; ``document`` is the config.json of what holds it. Raises KatapyError; nothing is left then."""
         sandbox_id = f"sandbox-{secrets.token_hex(6)}"
-        with written(document) as bundle:
+        with written(launch.root, document) as bundle:
             pod = Pod.begin(launch, sandbox_id, bundle)
             try:
                 pod.create(bundle, streams=False)
@@ -140,9 +139,11 @@ class Vm:
 
 
 @contextmanager
-def written(document: Mapping[str, Any]) -> Iterator[Bundle]:
-    """Write a config.json and load it; it is gone when the context ends, by when the shim has read it."""
-    with tempfile.TemporaryDirectory(prefix="katapy-sandbox-") as directory:
+def written(root: Path, document: Mapping[str, Any]) -> Iterator[Bundle]:
+    """Write a config.json below the state directory ``root`` and load it; it is gone when the context ends, by when the
+    shim has read it.
+    """
+    with scratch(str(root)) as directory:
         Path(directory, CONFIG).write_text(json.dumps(document))
         yield load_bundle(directory)
 

@@ -310,7 +310,7 @@ class Sandbox:
                 with machine.starting(f"{command.args[0][:100]!r}"):
                     if not vm.alive():
                         raise Unavailable(f"the VM of {vm.id} has died: its files can be read, and no command run")
-                    with machine.written(document.run(self._base, command, vm.id)) as bundle:
+                    with machine.written(vm.launch.root, document.run(self._base, command, vm.id)) as bundle:
                         pod = undo.enter_context(vm.begin(name, bundle))
                         undo.callback(machine.forget, vm, name)
                         control = pod.come_for_streams(stand=False)

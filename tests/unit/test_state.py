@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from katapy.state import (
     current_status,
     list_states,
     now,
+    scratch,
     state_json,
 )
 
@@ -189,6 +191,26 @@ def test_what_killed_commands_have_left_goes_in_the_end(root: str, monkeypatch: 
     monkeypatch.setattr("katapy.state._UNFINISHED_SECONDS", -1.0)
     StateDir.create(root, state("c3")).close()
     assert sorted(os.listdir(root)) == ["c1", "c2", "c3", "~emulated"]
+
+
+def test_scratch_is_gone_with_its_context(root: str) -> None:
+    with scratch(root) as directory:
+        (Path(directory) / "config.json").write_text("{}")
+        assert list_states(root) == ([], [])
+    assert os.listdir(root) == []
+
+
+def test_scratch_of_a_killed_process_goes_in_the_end(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = os.fork()
+    if maker == 0:
+        with scratch(root) as directory:
+            (Path(directory) / "config.json").write_text("{}")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(maker, 0)[1] == signal.SIGKILL
+    assert len(os.listdir(root)) == 1
+    monkeypatch.setattr("katapy.state._UNFINISHED_SECONDS", -1.0)
+    StateDir.create(root, state("c1")).close()
+    assert os.listdir(root) == ["c1"]
 
 
 def test_no_such_container(root: str) -> None:
