@@ -1,4 +1,5 @@
-"""Sandboxes: the SDK's way to the result of ``print(1)``, beside runc and bubblewrap with the same root and Python.
+"""Sandboxes: the SDK's way to the result of ``print(1)``, beside runc and bubblewrap with the same root and Python, and
+beside quick-sandbox, which has VMs as well.
 
 A run has its result when its output and its end are here. Of the SDK the time begins with the constructor: what loads
 its modules once is not in it. What ends a sandbox is not either, since nobody has to wait for that.
@@ -7,13 +8,17 @@ its modules once is not in it. What ends a sandbox is not either, since nobody h
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import neighbours
 from containers import Runtime, await_end, read_some, started
 from context import Bench
 from figures import BenchError, Recorder, Unit
@@ -30,6 +35,11 @@ _WAIT: Final = ("python3", "-c", "import sys; print(1, flush=True); sys.stdin.re
 _SECONDS: Final = 600.0
 _RUNC: Final = "runc"
 _BWRAP: Final = "bubblewrap"
+_WARM: Final = "first result, warm"
+# In a virtual environment of its own: `scripts/setup bench-tools`.
+_QUICK: Final = Path(__file__).resolve().parents[1] / "build/quick-sandbox/bin/python"
+# It boots an emulated VM for a minute.
+_QUICK_RUNS: Final = 2
 # Gives the arguments of a process that runs a command, and removes what that leaves.
 _Peer = Callable[[tuple[str, ...]], AbstractContextManager[list[str | Path]]]
 
@@ -41,6 +51,7 @@ def measure(bench: Bench) -> Recorder:
         peers = _find_peers(recorder, bench, root.path)
         with Sandbox(**_options(bench.warm)) as sandbox:
             sandbox.run(_PRINT).check()  # the template is made, and all that it takes is in memory
+            accelerator = sandbox.accelerator
         for _ in range(bench.plan.runs):
             _measure_first(recorder, bench, peers)
             _measure_served(recorder, bench)
@@ -49,6 +60,10 @@ def measure(bench: Bench) -> Recorder:
                 _measure_many(recorder, bench, peers, count)
         for _ in range(bench.plan.long_runs):
             _measure_memory(recorder, bench, peers)
+            neighbours.measure(recorder, bench, _options(bench.warm), lambda: _first(bench.warm), _WARM)
+        for _ in range(min(_QUICK_RUNS, bench.plan.long_runs)):
+            _measure_quick_sandbox(recorder, accelerator)
+    _note_rates(recorder)
     return recorder
 
 
@@ -89,6 +104,14 @@ class _Bwrap:
     @contextmanager
     def __call__(self, args: tuple[str, ...]) -> Iterator[list[str | Path]]:
         yield [*self._prefix, "--setenv", "PATH", "/usr/bin:/bin", "--", *args]
+
+
+def _first(runtime: Runtime) -> float:
+    """Return the seconds from the constructor to the first result."""
+    began = time.monotonic()
+    with Sandbox(**_options(runtime)) as sandbox:
+        sandbox.run(_PRINT).check()
+        return time.monotonic() - began
 
 
 def _measure_first(recorder: Recorder, bench: Bench, peers: dict[str, _Peer]) -> None:
@@ -182,3 +205,28 @@ def _measure_memory(recorder: Recorder, bench: Bench, peers: dict[str, _Peer]) -
             recorder.add(f"memory, {name}", size, beside=beside, unit=Unit.BYTES)
             assert process.stdin is not None
             process.stdin.close()
+
+
+def _measure_quick_sandbox(recorder: Recorder, accelerator: str) -> None:
+    if not _QUICK.exists():
+        recorder.note("quick-sandbox is not measured: scripts/setup bench-tools")
+        return
+    program = Path(__file__).with_name("quick_sandbox.py")
+    with started([_QUICK, program, accelerator], pipes=True) as process:
+        took = json.loads(read_some(process))
+        for name, seconds in took.items():
+            recorder.add(f"{name} result of echo 1, quick-sandbox", seconds, beside=_WARM)
+        size = tree_memory({process.pid: "quick-sandbox"}).total()
+        recorder.add("memory, quick-sandbox that does nothing", size, beside="memory, a sandbox", unit=Unit.BYTES)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def _note_rates(recorder: Recorder) -> None:
+    """Say the runs a second of what was measured at once."""
+    cores = len(os.sched_getaffinity(0))
+    for series in recorder.series():
+        if " at once, each, " in series.name:
+            rate = 1 / statistics.median(series.values)
+            what = series.name.replace(" at once, each, ", " at once, ")
+            recorder.note(f"{what}: {rate:.3g} runs per second, {rate / cores:.3g} per core")
