@@ -24,7 +24,7 @@ from context import Bench
 from figures import BenchError, Recorder, Unit
 from memory import pod_memory, tree_memory
 
-from katapy.assets import hold_root
+from katapy.assets.root import hold_root
 from katapy.config import Config
 from katapy.sdk.aio import AsyncSandbox
 from katapy.sdk.pool import Pool

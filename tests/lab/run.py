@@ -37,7 +37,7 @@ from features import FEATURES, HARDWARE
 from progress import LabError, Progress
 from steps import BuildError, call, run_main, step
 
-from katapy.assets import DEFAULT_DATA_DIR
+from katapy.assets.asset import DEFAULT_DATA_DIR
 
 SOURCE: Final = Path(__file__).resolve().parents[2]
 _BUILD: Final = SOURCE / "build"
