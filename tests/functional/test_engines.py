@@ -20,7 +20,7 @@ from engine import Done, Engine
 from facts import FACTS, TYPED, difference, on_terminal
 from harness import BOOT_ID, await_ends, descendants, make_busybox
 
-from katapy.assets import find_kernel
+from katapy.assets.guest import find_kernel
 from katapy.config import Config
 
 CONMON_SECONDS = 10.0
