@@ -44,16 +44,15 @@ Outcomes = dict[tuple[Host, str], str]
 def parse(lines: Iterable[str]) -> Outcomes:
     """Return how each test ended on each host, the last time that it ran there."""
     outcomes: Outcomes = {}
-    hosts: dict[str, Host] = {}
+    host = None
     for line in lines:
         event: dict[str, Any] = json.loads(line)
-        run = str(event.get("run", ""))
         if "host" in event:
-            hosts[run] = Host(**event["host"])
-        elif "test" in event and run in hosts:
+            host = Host(**event["host"])
+        elif "test" in event and host is not None:
             test = str(event["test"])
             # One that fails when all is over has passed before.
-            outcomes[hosts[run], test] = str(event["outcome"])
+            outcomes[host, test] = str(event["outcome"])
     return outcomes
 
 

@@ -1,13 +1,12 @@
 """Writes down what tests did, each line as it happens: what began, how it ended, and on what sort of host.
 
-The lines are JSON objects in the file that KATAPY_RECORD names; each says which of the lab's runs wrote it, if one did.
-They go into the table of docs/testing.md, and say of a lab that hangs where it does.
+The lines are JSON objects in the file that KATAPY_RECORD names. They go into the table of docs/testing.md, and say of a
+lab that hangs where it does.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +27,6 @@ class Recorder:
         self._skipped: list[str] = []
 
     def _write(self, **line: object) -> None:
-        if "KATAPY_LAB" in os.environ:
-            line["run"] = os.environ["KATAPY_LAB"]
         with self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

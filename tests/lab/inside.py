@@ -10,9 +10,6 @@ import json
 import os
 import subprocess
 import tarfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,101 +50,48 @@ def _set_up() -> dict[str, Any]:
     return job
 
 
-class _Port:
-    """A port of virtio, which only one may have open: lines of many go out by it, each as a whole."""
-
-    def __init__(self, name: str) -> None:
-        self._file = _port(name).open("wb", buffering=0)
-        self._lock = threading.Lock()
-
-    def write(self, line: bytes) -> None:
-        """Write a line."""
-        with self._lock:
-            self._file.write(line)
-
-
-@contextmanager
-def _fifo(path: Path, port: _Port) -> Iterator[Path]:
-    """Give a FIFO whose lines go out by ``port``, all of them when this ends."""
-    os.mkfifo(path)
-    # A writer of our own, so that it has no end before that one is closed.
-    reader, writer = os.open(path, os.O_RDONLY | os.O_NONBLOCK), os.open(path, os.O_WRONLY)
-    os.set_blocking(reader, True)
-    thread = threading.Thread(target=_pass_lines, args=[reader, port, b""])
-    thread.start()
-    try:
-        yield path
-    finally:
-        os.close(writer)
-        thread.join()
-
-
-def _pass_lines(fd: int, port: _Port, prefix: bytes) -> None:
-    with open(fd, "rb") as file:
-        for line in file:
-            port.write(prefix + line)
-
-
-def _do(project: str, run: dict[str, Any], output: _Port, events: _Port) -> int:
+def _do(project: str, run: dict[str, Any]) -> int:
     """Do one run of pytest or the bench and return its status."""
-    name = run["name"]
-    config = Path("/run", f"katapy-{name}.toml")
+    config = Path("/run", f"katapy-{run['name']}.toml")
     config.write_text(run["config"])
-    results = _RESULTS / name
+    environment = {
+        "PATH": _PATH,
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "KATAPY_LAB": run["name"],
+        "KATAPY_RECORD": str(_port("events")),
+        "KATAPY_CONFIG": str(config),
+    }
+    print(f"lab: {run['name']}", flush=True)
     if "bench" in run:
-        argv = [".venv/bin/python", "bench/run.py", *run["bench"], "--output", str(results)]
-    else:
-        pytest = [".venv/bin/pytest", "-v", "-p", "no:cacheprovider", "-o", f"timeout={_TIMEOUT}"]
-        pytest += ["-o", "timeout_method=signal", f"--junit-xml={results}.xml", "--durations=15"]
-        argv = ["unshare", "--mount", "--propagation", "private", *pytest, *run["tests"]]
-    with _fifo(Path("/run", f"events-{name}"), events) as record:
-        environment = {
-            "PATH": _PATH,
-            "HOME": "/root",
-            "LANG": "C.UTF-8",
-            "PYTHONUNBUFFERED": "1",
-            "KATAPY_LAB": name,
-            "KATAPY_RECORD": str(record),
-            "KATAPY_CONFIG": str(config),
-        }
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        with subprocess.Popen(
-            argv, cwd=project, env=environment, stdin=null, stdout=pipe, stderr=subprocess.STDOUT
-        ) as process:
-            assert process.stdout is not None
-            _pass_lines(os.dup(process.stdout.fileno()), output, f"{name}: ".encode())
-    if "bench" in run and process.returncode == 0:
-        # What comes out has no directories.
-        for path in results.iterdir():
-            path.rename(_RESULTS / f"{name}-{path.name}")
-    return process.returncode
+        output = _RESULTS / run["name"]
+        bench = [".venv/bin/python", "bench/run.py", *run["bench"], "--output", str(output)]
+        status = subprocess.run(bench, cwd=project, env=environment, stdin=subprocess.DEVNULL).returncode
+        if status == 0:
+            # What comes out has no directories.
+            for path in output.iterdir():
+                path.rename(_RESULTS / f"{run['name']}-{path.name}")
+        return status
+    pytest = [".venv/bin/pytest", "-v", "-p", "no:cacheprovider", "-o", f"timeout={_TIMEOUT}"]
+    pytest += ["-o", "timeout_method=signal", f"--junit-xml={_RESULTS}/{run['name']}.xml", "--durations=15"]
+    argv = ["unshare", "--mount", "--propagation", "private", *pytest, *run["tests"]]
+    return subprocess.run(argv, cwd=project, env=environment, stdin=subprocess.DEVNULL).returncode
 
 
 def _work(job: dict[str, Any]) -> None:
     _RESULTS.mkdir()
-    output, events = _Port("output"), _Port("events")
-    statuses: list[int] = []
-
-    def do(runs: list[dict[str, Any]]) -> None:
-        for run in runs:
-            status = 1
-            try:
-                status = _do(job["project"], run, output, events)
-            finally:
-                statuses.append(status)
-
-    do(job["alone"])
-    lanes = [threading.Thread(target=do, args=[runs]) for runs in job["lanes"]]
-    for lane in lanes:
-        lane.start()
-    for lane in lanes:
-        lane.join()
+    output = os.open(_port("output"), os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    status = 0
+    for run in job["runs"]:
+        status = _do(job["project"], run) or status
     with (_RESULTS / "journal.log").open("wb") as journal:
         subprocess.run(["journalctl", "--boot", "--no-pager"], stdout=journal)
     with _port("results").open("wb") as port, tarfile.open(fileobj=port, mode="w|") as tar:
         tar.add(_RESULTS, "results")
     # The last word: with it, all that was before has arrived.
-    events.write(json.dumps({"status": max(statuses)}).encode() + b"\n")
+    _port("events").write_text(json.dumps({"status": status}) + "\n")
 
 
 def _shell(job: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ class Progress:
     """What the lab says of its tests, line by line."""
 
     text: bytearray = field(default_factory=bytearray)
-    running: dict[str, tuple[str, float]] = field(default_factory=dict)
-    """Of each run that is in a test: which, and since when."""
+    running: str = ""
+    since: float = 0.0
     status: int | None = None
 
     def take(self, data: bytes) -> None:
@@ -37,17 +37,15 @@ class Progress:
                     self._take(event)
 
     def _take(self, event: dict[str, Any]) -> None:
-        run = str(event.get("run", ""))
         if "began" in event:
-            self.running[run] = str(event["began"]), monotonic()
+            self.running, self.since = str(event["began"]), monotonic()
         if "ended" in event:
-            self.running.pop(run, None)
+            self.running = ""
         if "status" in event:
             self.status = int(event["status"])
 
     def place(self) -> str:
         """Return where the lab is."""
         if self.running:
-            tests = [f"{test}, for {monotonic() - since:.0f} s" for test, since in self.running.values()]
-            return f"in {' and '.join(tests)}"
+            return f"in {self.running}, for {monotonic() - self.since:.0f} s"
         return "between two tests" if self.text else "before the first test"

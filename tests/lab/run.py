@@ -15,7 +15,6 @@ import argparse
 import io
 import json
 import os
-import re
 import resource
 import selectors
 import shutil
@@ -30,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final
+from typing import Final
 
 import recipe
 from features import FEATURES, HARDWARE
@@ -55,11 +54,7 @@ _CONSOLE_LINES: Final = 25
 _CHUNK: Final = 1 << 16
 
 # What is worth a second run, on the vsock device that most hosts with KVM do not use.
-_WITH_OWN_VSOCK: Final = ("exec, kill, delete", "every byte of stdio")
-# Tests that say which cgroups there are on the whole host, or measure nothing of a VM: they are alone.
-_ALONE: Final = "tests/integration/"
-# The second of two lanes, which take about as long.
-_ENGINES: Final = re.compile(r"tests/functional/test_(containerd|cri|docker|engines|pod_network|systemd)")
+_WITH_OWN_VSOCK: Final = ("exec, kill, delete", "every byte of stdio", "two pods at once")
 # Of the guests in the lab: they are emulated all the same, so what spares time under TCG does here.
 _CONFIG: Final = """[hypervisor]
 accel = "{accel}"
@@ -81,31 +76,24 @@ def _config(accel: str = "auto", vsock: str = "auto") -> str:
     return _CONFIG.format(accel=accel, vsock=vsock)
 
 
-def plan_benches() -> dict[str, Any]:
-    """Return what the bench measures in the lab: runs, each with a name, its options and katapy's configuration."""
-    runs = [
+def plan_benches() -> list[dict[str, object]]:
+    """Return the runs of the bench in the lab, each with a name, its options and katapy's configuration."""
+    return [
         {"name": f"{accel}-{vsock}-vsock", "bench": ["--quick", *options], "config": _config(accel, vsock)}
         for (accel, vsock), options in _BENCHES.items()
     ]
-    return {"alone": runs, "lanes": []}
 
 
-def plan(tests: Sequence[str]) -> dict[str, Any]:
-    """Return the runs of pytest in the lab, each with a name, its arguments and katapy's configuration.
-
-    Those that are ``alone`` come first, one after the other, and then all ``lanes`` at once.
-    """
+def plan(tests: Sequence[str]) -> list[dict[str, object]]:
+    """Return the runs of pytest in the lab, each with a name, its arguments and katapy's configuration."""
     if tests:
-        return {"alone": [{"name": "named", "tests": list(tests), "config": _config()}], "lanes": []}
-    everything = list(dict.fromkeys(test for selected in (FEATURES | HARDWARE).values() for test in selected))
-    again = list(dict.fromkeys(test for name in _WITH_OWN_VSOCK for test in FEATURES[name]))
-    chosen: dict[str, list[str]] = {"integration": [], "engines": [], "runtime": []}
-    for test in everything:
-        name = "integration" if test.startswith(_ALONE) else "engines" if _ENGINES.match(test) else "runtime"
-        chosen[name].append(test)
-    runs = {name: {"name": name, "tests": selected, "config": _config()} for name, selected in chosen.items()}
-    own_vsock = {"name": "own-vsock", "tests": again, "config": _config(vsock="user")}
-    return {"alone": [runs["integration"]], "lanes": [[runs["runtime"]], [runs["engines"], own_vsock]]}
+        return [{"name": "named", "tests": list(tests), "config": _config()}]
+    everything = [test for selected in (FEATURES | HARDWARE).values() for test in selected]
+    again = [test for name in _WITH_OWN_VSOCK for test in FEATURES[name]]
+    return [
+        {"name": "kernel-vsock", "tests": list(dict.fromkeys(everything)), "config": _config()},
+        {"name": "user-vsock", "tests": list(dict.fromkeys(again)), "config": _config(vsock="user")},
+    ]
 
 
 @contextmanager
@@ -208,10 +196,10 @@ def _bounded(file: io.FileIO, limit: int) -> Callable[[bytes], None]:
     return write
 
 
-def work(image: recipe.HostImage, runs: Mapping[str, Any], deadline: float, memory: str) -> int:
+def work(image: recipe.HostImage, runs: Sequence[Mapping[str, object]], deadline: float, memory: str) -> int:
     """Run tests or benches in the lab; return their exit status. Raises LabError where it has none."""
     progress = Progress()
-    job = {"project": str(SOURCE), **runs}
+    job = {"project": str(SOURCE), "runs": runs}
     with ExitStack() as stack:
         disks = stack.enter_context(_disks(job))
         console, output, events, results = (

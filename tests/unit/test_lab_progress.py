@@ -26,14 +26,6 @@ def test_where_a_lab_is() -> None:
     assert progress.status == 1
 
 
-def test_where_a_lab_is_with_two_runs_at_once() -> None:
-    progress = Progress()
-    progress.take(b'{"began": "a", "run": "1"}\n{"began": "b", "run": "2"}\n')
-    assert progress.place() == "in a, for 0 s and b, for 0 s"
-    progress.take(b'{"ended": "a", "run": "1"}\n')
-    assert progress.place() == "in b, for 0 s"
-
-
 def test_a_lab_that_never_stops_is_given_up() -> None:
     progress = Progress()
     progress.take(b"x" * (15 << 20))
