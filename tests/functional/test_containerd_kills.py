@@ -117,8 +117,13 @@ def clear(containerd: Containerd) -> None:
     """Remove the container, of which containerd knows as much as it does."""
     containerd("task", "kill", "--signal", "KILL", "c1", check=False)
     await_true(lambda: status(containerd, "c1") in ("STOPPED", "CREATED", ""))
-    containerd("task", "rm", "--force", "c1", check=False)
-    await_true(lambda: not status(containerd, "c1") and not (containerd.root / "c1").exists())
+
+    def removed() -> bool:
+        # Refused while containerd still takes apart what it has found.
+        containerd("task", "rm", "--force", "c1", check=False)
+        return not status(containerd, "c1") and not (containerd.root / "c1").exists()
+
+    await_true(removed)
     containerd("containers", "rm", "c1", check=False)
     assert "c1" not in containerd("containers", "ls", "--quiet").out.split()
 
