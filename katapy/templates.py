@@ -57,7 +57,7 @@ class Template:
     created: float
     used: float
     size_bytes: int
-    content: str = ""
+    content: str
 
     @property
     def short_key(self) -> str:

@@ -9,20 +9,24 @@ from typing import Any
 
 import pytest
 
+from katapy.cgroups.layout import Hierarchy, Layout
 from katapy.errors import InvalidArgument, KatapyError, NotFound, Unsupported
 from katapy.oci.default import default_spec
 from katapy.oci.disk import ROOT_DISK
 from katapy.oci.layer import INODES, SIZE
 from katapy.oci.spec import Spec, parse_spec
+from katapy.sandbox.host_cgroup import boot_limits
 from katapy.sandbox.share import check_shareable
 from katapy.storage.root_disk import SERIAL, open_root_disk
 
 EROFS = bytes(1024) + b"\xe2\xe1\xf5\xe0" + bytes(3068)
 
 
-def _spec(path: str | None, *, mounts: list[dict[str, Any]] | None = None, **annotations: str) -> Spec:
+def _spec(
+    path: str | None, annotations: dict[str, str] | None = None, *, mounts: list[dict[str, Any]] | None = None
+) -> Spec:
     own = {} if path is None else {ROOT_DISK: path}
-    document = {**default_spec(), "annotations": {**own, **annotations}}
+    document = {**default_spec(), "annotations": {**own, **(annotations or {})}}
     document["mounts"] = [*document["mounts"], *(mounts or [])]
     return parse_spec(json.dumps(document).encode(), bundle="/b")
 
@@ -41,10 +45,10 @@ def test_paths_that_are_refused(path: str) -> None:
 
 def test_what_cannot_be_had_with_it() -> None:
     with pytest.raises(Unsupported, match="has no layer of bounded size"):
-        _spec("/d", **{SIZE: "1048576", INODES: "100"})
+        _spec("/d", {SIZE: "1048576", INODES: "100"})
     pod = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod"}
     with pytest.raises(Unsupported, match="is for the first container of a pod"):
-        _spec("/d", **pod)
+        _spec("/d", pod)
 
 
 def test_files_of_the_host_are_refused_by_name() -> None:
@@ -55,6 +59,17 @@ def test_files_of_the_host_are_refused_by_name() -> None:
         check_shareable(_spec(None), "c2", pod_root_disk="/d")
     check_shareable(_spec("/d"), "c1", pod_root_disk="/d")
     check_shareable(_spec(None, mounts=[bind]), "c1", pod_root_disk="")
+
+
+def test_the_template_s_memory_is_added_to_the_limit_of_the_pod() -> None:
+    """It counts for the pod that has filled it, which may write to all of its own memory besides."""
+    layout = Layout((Hierarchy(2, "/c", "/", ("memory", "cpu", "cpuset", "pids", "io"), writable=True),))
+    plain, private = (
+        boot_limits(spec, vcpus=1, memory_bytes=256 << 20, emulated=False, layout=layout).memory_bytes
+        for spec in (_spec(None), _spec("/d"))
+    )
+    assert plain is not None
+    assert private == plain + (72 << 20)
 
 
 def test_a_file_is_opened_for_reading(tmp_path: Path) -> None:
