@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +92,44 @@ def test_what_is_refused(katapy: Katapy, bundle: MakeBundle, image: Path, tmp_pa
         assert done.returncode != 0
         assert problem in done.stderr.decode(), done.stderr
         assert done.stderr.decode().count("\n") == 1
+
+
+@pytest.fixture
+def block_device(image: Path) -> Iterator[Path]:
+    attached = subprocess.run(
+        ["losetup", "--find", "--show", "--read-only", image], capture_output=True, text=True, check=False
+    )
+    if attached.returncode != 0:
+        pytest.skip(f"no loop device can be had here: {attached.stderr.strip()}")
+    device = Path(attached.stdout.strip())
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_a_block_device(katapy: Katapy, bundle: MakeBundle, block_device: Path) -> None:
+    done = katapy("run", "--bundle", bundle(["ls", "/bin/busybox"], edit=on_disk(block_device)), "c1", check=True)
+    assert done.stdout == b"/bin/busybox\n"
+
+
+def test_a_pod_with_a_disk_has_one_container(katapy: Katapy, bundle: MakeBundle, image: Path) -> None:
+    """The second one is refused by name, and the first goes on."""
+
+    def sandbox(spec: dict[str, Any]) -> None:
+        spec["annotations"] |= {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "c1"}
+
+    def member(spec: dict[str, Any]) -> None:
+        own = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "c1"}
+        spec.setdefault("annotations", {}).update(own)
+
+    first = bundle(["sleep", "1000"], edit=on_disk(image, change=sandbox))
+    katapy.detach("run", "--detach", "--bundle", first, "c1")
+    cases = [
+        (member, "such a pod has one container"),
+        (on_disk(image, change=member), "for the first container of a pod"),
+    ]
+    for edit, problem in cases:
+        done = katapy("run", "--bundle", bundle(["true"], edit=edit), "c2")
+        assert done.returncode != 0
+        assert problem in done.stderr.decode(), done.stderr
+    assert katapy("exec", "c1", "echo", "alive", check=True).stdout == b"alive\n"
+    katapy("delete", "--force", "c1", check=True)
