@@ -27,7 +27,7 @@ removed := $(if $(filter-out $(RECIPE),$(file <build/image)),FORCE)
 # The example's configuration holds the host's kernel.
 rebooted := $(if $(findstring HOST_KERNEL=$(file </proc/sys/kernel/osrelease)",$(file <$(HELLO)/config.json)),,FORCE)
 
-.PHONY: run setup test unit lab lab-shell soak bench lint format proto image node-image guest-kernel install uninstall clean help FORCE
+.PHONY: run setup test unit lab lab-bench lab-shell soak bench lint format proto image node-image guest-kernel install uninstall clean help FORCE
 .DELETE_ON_ERROR:
 
 run: setup $(HELLO)/config.json ## set up, then run examples/hello in a virtual machine
@@ -63,6 +63,10 @@ unit: .venv/installed ## the tests that need no root and no virtual machine
 
 lab: setup ## the tests of features that the hardware path has, on an emulated host with KVM; as root
 	@$(LAB)
+
+lab-bench: setup ## what KVM and the kernel's vsock are worth, as ratios; on that host
+	@scripts/setup bench-tools
+	@$(LAB) --bench
 
 lab-shell: setup ## a shell on that host
 	@$(LAB) --shell

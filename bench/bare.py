@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "images"))
 import initramfs
 from programs import say_ready
 
-from katapy.assets import Kernel
+from katapy.assets.guest import Kernel
 from katapy.config import Config
 from katapy.devices import Disk, Nic
 from katapy.hypervisor import VmConfig

@@ -126,7 +126,7 @@ class Recorder:
             progress(f"{self.group}: {name}: {format_value(value, unit, moved)}")
 
     def note(self, text: str) -> None:
-        """Say what was left out, and why; it is part of the report."""
+        """Say what no series does, such as what was left out and why; it is part of the report."""
         self.notes.append(f"{self.group}: {text}")
         progress(self.notes[-1])
 

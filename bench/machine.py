@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import katapy
-from katapy.assets import Kernel
+from katapy.assets.guest import Kernel
 from katapy.config import Config
 from katapy.hypervisor.accel import Acceleration
 

@@ -78,7 +78,7 @@ def tables(document: dict[str, Any]) -> str:
         "",
         *(f"* {name}: {value}" for name, value in machine.items()),
     ]
-    lines += ["", *(f"Left out: {note}" for note in document["notes"])] if document["notes"] else []
+    lines += ["", *(f"* {note}" for note in document["notes"])] if document["notes"] else []
     for group, title in _TITLES.items():
         if rows := [each for each in document["series"] if each["group"] == group]:
             lines += ["", f"### {title}", "", *_table(rows)]

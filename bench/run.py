@@ -43,7 +43,7 @@ from containers import Bundles, Runtime
 from context import QUICK, Bench, Plan
 from figures import BenchError, Recorder, Series, progress
 
-from katapy import assets
+from katapy.assets import guest
 from katapy.config import DEFAULT_DIRECTORY, DEFAULT_FILE, ENVIRONMENT_VARIABLE, Config
 from katapy.errors import KatapyError
 from katapy.hypervisor.accel import Acceleration, probe, require
@@ -125,7 +125,7 @@ def _groups(text: str) -> list[str]:
 def _measure(plan: Plan, groups: list[str]) -> dict[str, Any]:
     """Measure and return the whole report."""
     config = Config.load()
-    kernel = assets.find_kernel(config.runtime.data_dir, config.hypervisor.kernel)
+    kernel = guest.find_kernel(config.runtime.data_dir, config.hypervisor.kernel)
     acceleration = require(asyncio.run(probe()), config.hypervisor)
     began = datetime.now(UTC)
     series: list[Series] = []
@@ -150,7 +150,7 @@ def _measure(plan: Plan, groups: list[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _prepare(plan: Plan, config: Config, kernel: assets.Kernel, acceleration: Acceleration) -> Iterator[Bench]:
+def _prepare(plan: Plan, config: Config, kernel: guest.Kernel, acceleration: Acceleration) -> Iterator[Bench]:
     """Give what to measure with, in a temporary directory of its own."""
     katapy, runc = Path(sys.executable).with_name("katapy"), shutil.which("runc")
     if not katapy.exists():

@@ -18,8 +18,6 @@ import os
 import re
 import shutil
 import sys
-import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -28,13 +26,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "images"))
 
 import debian
 import rootfs
+from python_root import PYTHON, compile_modules, extract, make_root
 from steps import BuildError, call, require_space, run_main, step
 
 _BUSYBOX: Final = Path("/bin/busybox")
 _SPACE: Final = 300 << 20
 _SANDBOX: Final = 1000  # uid and gid
 
-_PYTHON: Final = "usr/bin/python3.11"
 _LIBRARIES: Final = """
     ld-linux-x86-64 libc libm libmvec libdl libpthread librt libutil libresolv libnss_dns libnss_files libbz2 libcrypt
     libcrypto libexpat libffi libgcc_s liblzma libncursesw libpanelw libreadline libsqlite3 libssl libstdc++ libtinfo
@@ -46,7 +44,7 @@ _UNUSED_MODULES: Final = """
     _xxtestfuzz xxlimited xxlimited_35
 """
 _KEPT: Final = re.compile(
-    rf"{_PYTHON}"
+    rf"{PYTHON}"
     r"|etc/mime\.types|etc/python3\.11/.*"
     r"|usr/lib64/ld-linux-x86-64\.so\.2"
     rf"|usr/lib/x86_64-linux-gnu/(?:{'|'.join(map(re.escape, _LIBRARIES.split()))})\.so[0-9.]*"
@@ -59,7 +57,6 @@ _TRIED: Final = (
     "pyexpat, re, readline, sqlite3, ssl, subprocess, venv, zlib"
 )
 
-_LINKS: Final = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64", "sbin": "usr/sbin"}
 _DIRECTORIES: Final = {
     **dict.fromkeys(("dev", "etc", "home", "mnt", "opt", "proc", "run", "srv", "sys", "usr/local/bin"), 0o755),
     **dict.fromkeys(("tmp", "var/tmp"), 0o1777),
@@ -79,41 +76,17 @@ _FILES: Final = {
 
 def assemble(root: Path, *, archive: Path, busybox: Path) -> None:
     """Make the new tree ``root`` of Debian's packages in ``archive`` and of ``busybox``. Raises BuildError."""
-    root.mkdir()
-    for name, target in _LINKS.items():
-        (root / target).mkdir(parents=True)
-        (root / name).symlink_to(target)
+    make_root(root)
     for name in _DIRECTORIES:
         (root / name).mkdir(parents=True)
     for name, text in _FILES.items():
         (root / name).write_text(text)
-    extract(archive, root)
+    extract(archive, root, _KEPT)
     (root / "usr/bin/python3").symlink_to("python3.11")
     (root / "usr/bin/python").symlink_to("python3.11")
     _install_busybox(root, busybox)
     _compile(root)
     _normalize(root)
-
-
-def extract(archive: Path, root: Path) -> None:
-    """Unpack what is kept of the packages in the tar file ``archive``."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            name = member.name.removeprefix("./")
-            # Debian's packages of this release still use both names of the merged directories.
-            if name.partition("/")[0] in _LINKS:
-                name = f"usr/{name}"
-            if not _KEPT.fullmatch(name) or member.isdir():
-                continue
-            path = root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if member.issym():
-                path.symlink_to(member.linkname)
-            else:
-                file = tar.extractfile(member)
-                assert file is not None, "Debian's packages of Python hold files and symbolic links only"
-                path.write_bytes(file.read())
-                path.chmod(member.mode)
 
 
 def _install_busybox(root: Path, busybox: Path) -> None:
@@ -124,22 +97,18 @@ def _install_busybox(root: Path, busybox: Path) -> None:
 
 
 def _compile(root: Path) -> None:
-    """Compile the standard library by its own Python: unchecked hashes, so that equal sources give equal bytes."""
-    # -B: what the compiler itself imports must not be kept with its time stamp.
-    python: list[str | Path] = ["chroot", root, f"/{_PYTHON}", "-B"]
-    compiler = [*python, "-S", "-m", "compileall", "-q", "--invalidation-mode=unchecked-hash"]
+    """Compile the standard library, and import what shows that nothing is missing."""
     library = Path("usr/lib/python3.11")
     packages = [path.name for path in (root / library).iterdir() if path.is_dir() and path.name != "__pycache__"]
     jobs = [["-l", f"/{library}"], [f"/{library}/{name}" for name in sorted(packages)]]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda job: call([*compiler, *job]), jobs))
+    compile_modules(root, jobs)
     # Not above: in a tree without bytecode it would take seconds.
-    call([*python, "-I", "-c", f"import {_TRIED}"])
+    call(["chroot", root, f"/{PYTHON}", "-B", "-I", "-c", f"import {_TRIED}"])
 
 
 def _normalize(root: Path) -> None:
     """Give everything its owner, its mode and one time: they would depend on umasks and clocks."""
-    programs = {root / _PYTHON, root / "usr/bin/busybox"}
+    programs = {root / PYTHON, root / "usr/bin/busybox"}
     for path in (*root.rglob("*"), root):
         name = str(path.relative_to(root))
         owner = _SANDBOX if name == "home/sandbox" else 0

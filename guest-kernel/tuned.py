@@ -25,8 +25,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import debian
 from steps import BuildError, call, require_space, run_main, step
 
-from katapy import assets
-from katapy.assets import KernelKind
+from katapy.assets import guest, store
+from katapy.assets.asset import DEFAULT_DATA_DIR
+from katapy.assets.guest import KernelKind
 from katapy.errors import KatapyError
 
 _HERE: Final = Path(__file__).resolve().parent
@@ -94,13 +95,13 @@ def compile_kernel(source: Path, built: Path) -> None:
 def main() -> None:
     """Build and install the kernel; with the newest source and this fragment there already, do nothing."""
     parser = argparse.ArgumentParser(description="Build katapy's tuned guest kernel from Debian's source.")
-    parser.add_argument("--data-dir", type=Path, default=assets.DEFAULT_DATA_DIR, help="default: %(default)s")
+    parser.add_argument("--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="default: %(default)s")
     parser.add_argument("--force", action="store_true", help="build although nothing has changed")
     arguments = parser.parse_args()
     data_dir = arguments.data_dir.absolute()
     source = debian.with_current_lists(unpack_source)
     inputs = hashlib.sha256(b"%s\0%s" % (source.parent.name.encode(), _FRAGMENT.read_bytes())).hexdigest()
-    present = [kernel for kernel in assets.list_kernels(data_dir)[0] if kernel.inputs == inputs]
+    present = [kernel for kernel in guest.list_kernels(data_dir)[0] if kernel.inputs == inputs]
     if present and not arguments.force:
         print(f"kernel {present[0].version}", file=sys.stderr)
         return
@@ -109,9 +110,9 @@ def main() -> None:
     # Not in the data directory, whose lock would keep others from building images all that time.
     with tempfile.TemporaryDirectory(dir=_WORK) as built:
         compile_kernel(source, Path(built))
-        with assets.lock(data_dir), assets.staging(data_dir) as directory:
+        with store.lock(data_dir), store.staging(data_dir) as directory:
             copy = Path(shutil.copytree(built, directory / "kernel"))
-            kernel = assets.install_kernel(data_dir, copy, kind=KernelKind.TUNED, inputs=inputs)
+            kernel = store.install_kernel(data_dir, copy, kind=KernelKind.TUNED, inputs=inputs)
     print(f"kernel {kernel.version}", file=sys.stderr)
 
 

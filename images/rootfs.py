@@ -1,6 +1,7 @@
 """The guest's root file system: Debian's Python, the agent and what it imports. Nothing else is taken over.
 
-Owns what goes in, and where. Finding packages is debian.py's, making an image of the tree build.py's.
+Owns what goes in, and where. Finding packages is debian.py's, unpacking and compiling them python_root.py's, making
+an image of the tree build.py's.
 """
 
 from __future__ import annotations
@@ -8,17 +9,15 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 import debian
+from python_root import PYTHON, compile_modules, extract, make_root
 from steps import call
 
 PACKAGES: Final = ("python3.11-minimal", "libpython3.11-stdlib", "libseccomp2", "libstdc++6")
 
-_PYTHON: Final = "usr/bin/python3.11"
 _SITE: Final = "usr/lib/python3/dist-packages"
 _LIBRARIES: Final = (
     "ld-linux-x86-64 libc libm libdl libpthread librt libz libexpat libffi libgcc_s libseccomp libstdc++"
@@ -37,14 +36,13 @@ _UNUSED_MODULES: Final = """
     xxlimited_35
 """
 _KEPT: Final = re.compile(
-    rf"{_PYTHON}"
+    rf"{PYTHON}"
     r"|usr/lib64/ld-linux-x86-64\.so\.2"
     rf"|usr/lib/x86_64-linux-gnu/(?:{'|'.join(map(re.escape, _LIBRARIES.split()))})\.so[0-9.]*"
     rf"|usr/lib/python3\.11/(?!(?:{'|'.join(map(re.escape, _UNUSED.split()))})(?:/|$))"
     rf"(?!lib-dynload/(?:{'|'.join(_UNUSED_MODULES.split())})\.cpython-311-).*"
 )
 
-_LINKS: Final = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64", "sbin": "usr/sbin"}
 _MOUNT_POINTS: Final = ("dev", "proc", "run", "sys", "tmp")
 _FILES: Final = {
     "etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nnobody:x:65534:65534:nobody:/:/sbin/nologin\n",
@@ -92,28 +90,26 @@ def assemble(root: Path, *, archive: Path, wheels: Path, agent: Path) -> None:
     ``agent`` is the directory guest-agent of the repository. Raises BuildError, also when the agent cannot be
     imported in the finished tree.
     """
-    root.mkdir()
-    for name, target in _LINKS.items():
-        (root / target).mkdir(parents=True)
-        (root / name).symlink_to(target)
+    make_root(root)
     for name in _MOUNT_POINTS:
         (root / name).mkdir()
     for name, text in _FILES.items():
         path = root / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    _extract(archive, root)
+    extract(archive, root, _KEPT)
     shutil.copytree(wheels, root / _SITE)
     sources = shutil.ignore_patterns("__pycache__", ".*", "*.pyi")
     shutil.copytree(agent / "katapy_agent", root / _SITE / "katapy_agent", ignore=sources)
     shutil.copy(agent / "init", root / "usr/sbin/init")
-    _compile(root)
+    # All of it: Debian's packages carry no bytecode, and a start is its cost.
+    compile_modules(root, [["/usr/lib/python3.11"], [f"/{_SITE}"]])
     _normalize_modes(root)
     call(
         [
             "chroot",
             root,
-            f"/{_PYTHON}",
+            f"/{PYTHON}",
             "-I",
             "-c",
             "import katapy_agent.init, katapy_agent.server, katapy_agent.seccomp",
@@ -121,40 +117,9 @@ def assemble(root: Path, *, archive: Path, wheels: Path, agent: Path) -> None:
     )
 
 
-def _extract(archive: Path, root: Path) -> None:
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            name = member.name.removeprefix("./")
-            # Debian's packages of this release still use both names of the merged directories.
-            if name.partition("/")[0] in _LINKS:
-                name = f"usr/{name}"
-            if not _KEPT.fullmatch(name) or member.isdir():
-                continue
-            path = root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if member.issym():
-                path.symlink_to(member.linkname)
-            else:
-                file = tar.extractfile(member)
-                assert file is not None, "Debian's packages of Python hold files and symbolic links only"
-                path.write_bytes(file.read())
-                path.chmod(member.mode)
-
-
 def _normalize_modes(root: Path) -> None:
     """Give each file one of two modes: they would depend on umasks."""
-    programs = {root / _PYTHON, root / "usr/sbin/init"}
+    programs = {root / PYTHON, root / "usr/sbin/init"}
     for path in (root, *root.rglob("*")):
         if not path.is_symlink():
             path.chmod(0o755 if path.is_dir() or path in programs or ".so" in path.suffixes else 0o644)
-
-
-def _compile(root: Path) -> None:
-    """Compile all modules, by the guest's own Python: Debian's packages carry no bytecode, and a start is its cost.
-
-    Unchecked hashes instead of time stamps: equal sources give equal bytes, and nothing is compared when importing.
-    """
-    # -B: what the compiler itself imports must not be kept with its time stamp.
-    python = ["chroot", root, f"/{_PYTHON}", "-B", "-S", "-m", "compileall", "-q", "--invalidation-mode=unchecked-hash"]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(call, ([*python, "/usr/lib/python3.11"], [*python, f"/{_SITE}"])))

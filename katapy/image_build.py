@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
-from katapy import assets, run
-from katapy.assets import Image, Kernel, KernelKind, Root
+from katapy import run
+from katapy.assets import guest, store
+from katapy.assets.guest import Image, Kernel, KernelKind
+from katapy.assets.root import Root, list_roots
 from katapy.errors import NotFound, Unavailable
 
 _Asset = TypeVar("_Asset", Image, Kernel, Root)
@@ -46,7 +48,7 @@ def build(
     With ``force`` all three. The recipes print what they do on stderr. ``waiting`` is called when another build is
     going on. Raises Unavailable when a build fails; what was there is still there then.
     """
-    with assets.lock(data_dir, waiting):
+    with store.lock(data_dir, waiting):
         image, kernel = _build_guest(data_dir, sources, force=force)
         return image, kernel, _build_root(data_dir, sources, force=force)
 
@@ -54,30 +56,30 @@ def build(
 def _build_guest(data_dir: Path, sources: Path, *, force: bool) -> tuple[Image, Kernel]:
     recipe = _hash(sources, "images")
     image_inputs = _hash(sources, "images", "guest-agent/init", "guest-agent/katapy_agent")
-    kernels = [one for one in assets.list_kernels(data_dir)[0] if one.kind is KernelKind.DEBIAN]
-    image = None if force else _newest_of(assets.list_images(data_dir)[0], image_inputs)
+    kernels = [one for one in guest.list_kernels(data_dir)[0] if one.kind is KernelKind.DEBIAN]
+    image = None if force else _newest_of(guest.list_images(data_dir)[0], image_inputs)
     kernel = None if force else _newest_of(kernels, recipe)
     if image is not None and kernel is not None:
         return image, kernel
     cache = _cache(data_dir, recipe, force=force)
     parts = [*(["image"] if image is None else []), *(["kernel"] if kernel is None else [])]
-    with assets.staging(data_dir) as directory:
+    with store.staging(data_dir) as directory:
         _run_recipe(f"the guest's {' and '.join(parts)}", sources / _RECIPE, directory, cache, parts)
-        kernel = kernel or assets.install_kernel(data_dir, directory / "kernel", kind=KernelKind.DEBIAN, inputs=recipe)
-        image = image or assets.install_image(data_dir, directory / "image", inputs=image_inputs)
+        kernel = kernel or store.install_kernel(data_dir, directory / "kernel", kind=KernelKind.DEBIAN, inputs=recipe)
+        image = image or store.install_image(data_dir, directory / "image", inputs=image_inputs)
     return image, kernel
 
 
 def _build_root(data_dir: Path, sources: Path, *, force: bool) -> Root:
     """Build the default root after the image, whose packages are in the cache; older ones go unless they are in use."""
     inputs = _hash(sources, "images", "default-root")
-    root = None if force else _newest_of(assets.list_roots(data_dir)[0], inputs)
+    root = None if force else _newest_of(list_roots(data_dir)[0], inputs)
     if root is None:
         cache = _cache(data_dir, _hash(sources, "images"), force=False)
-        with assets.staging(data_dir) as directory:
+        with store.staging(data_dir) as directory:
             _run_recipe("the default root", sources / _ROOT_RECIPE, directory, cache, [])
-            root = assets.install_root(data_dir, directory / "root", inputs=inputs)
-    assets.remove_roots(data_dir, keep=root)
+            root = store.install_root(data_dir, directory / "root", inputs=inputs)
+    store.remove_roots(data_dir, keep=root)
     return root
 
 
@@ -92,7 +94,7 @@ def _cache(data_dir: Path, inputs: str, *, force: bool) -> Path:
 
 
 def _newest_of(found: list[_Asset], inputs: str) -> _Asset | None:
-    """Return the newest if it is made of ``inputs``: an older one of them would not be booted (assets.find_image)."""
+    """Return the newest if it is made of ``inputs``: an older one of them would not be booted (guest.find_image)."""
     return found[0] if found and found[0].inputs == inputs else None
 
 

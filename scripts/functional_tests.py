@@ -1,8 +1,9 @@
 """Runs the tests on virtual machines in two lanes at once, as neither keeps two cores busy.
 
-functional_tests.py [ARGUMENT OF PYTEST...]. In one VMs are restored from templates; in the other they are booted, and
-then come the tests of sandboxes. Each run sees its own mounts alone; what the second lane prints comes last. The exit
-status is 0 where all pass. What each test did is in build/results.
+functional_tests.py [ARGUMENT OF PYTEST...]. In one are the tests of engines and networks; in the other those of the
+runtime itself, with VMs that are restored from templates and then with VMs that are booted, and of sandboxes. Each run
+sees its own mounts alone; what the second lane prints comes last. The exit status is 0 where all pass. What each test
+did is in build/results.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
@@ -21,18 +23,21 @@ SOURCE = Path(__file__).resolve().parents[1]
 LOG = SOURCE / "build/functional.log"
 RESULTS = SOURCE / "build/results"
 PYTEST = ["unshare", "--mount", "--propagation", "private", ".venv/bin/pytest", "-q"]
-SANDBOXES = "tests/functional/test_sandbox*.py"
+TESTS = SOURCE / "tests/functional"
+ENGINES = ("test_containerd*.py", "test_cri*.py", "test_docker.py", "test_*engines.py", "test_pod_network.py")
+SANDBOXES = ("test_sandbox*.py",)
 NO_TESTS = 5
 
 
 def main() -> int:
     """Run the tests."""
     arguments = sys.argv[1:] or ["-m", "not soak"]
-    sandboxes = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.glob(SANDBOXES))
-    most = ["tests/functional", f"--ignore-glob={SANDBOXES}"]
-    first = {"warm": [*PYTEST, *most, *arguments]}
+    engines, sandboxes = _find(ENGINES), _find(SANDBOXES)
+    others = sorted({*_find(("test_*.py",))} - {*engines, *sandboxes})
+    first = {"engines": [*PYTEST, *engines, *arguments]}
     second = {
-        "cold": [*PYTEST, *most, *arguments, "--starts", "cold"],
+        "runtime": [*PYTEST, *others, *arguments],
+        "cold": [*PYTEST, *others, *arguments, "--starts", "cold"],
         "sandboxes": [*PYTEST, *sandboxes, *arguments],
     }
     running: list[subprocess.Popen[bytes]] = []
@@ -64,10 +69,14 @@ def main() -> int:
         lane.start()
         run(first, None)
         lane.join()
-    print("tests/functional --starts cold, and sandboxes:", flush=True)
+    print("the runtime itself, then with --starts cold, and sandboxes:", flush=True)
     with LOG.open("rb") as printed:
         shutil.copyfileobj(printed, sys.stdout.buffer)
     return int(interrupted.is_set() or failed.is_set())
+
+
+def _find(patterns: Sequence[str]) -> list[str]:
+    return sorted(str(path.relative_to(SOURCE)) for pattern in patterns for path in TESTS.glob(pattern))
 
 
 def _recorded(name: str) -> dict[str, str]:

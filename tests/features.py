@@ -28,7 +28,7 @@ FEATURES: Final[dict[str, tuple[str, ...]]] = {
         f"{_FUNCTIONAL}stdio.py::test_exec_on_a_terminal",
     ),
     "every byte of stdio": (
-        f"{_FUNCTIONAL}stdio.py::test_256_mib_through_cat",
+        f"{_FUNCTIONAL}stdio.py::test_much_through_cat",
         f"{_FUNCTIONAL}stdio.py::test_end_of_stdin_ends_cat",
     ),
     "limits of memory (OOM), pids, devices": (f"{_FUNCTIONAL}run.py::test_limits_hold",),

@@ -172,14 +172,14 @@ def _setpriv(_config: Config) -> str:
 
 
 def _kernel(config: Config) -> str:
-    from katapy.assets import find_kernel
+    from katapy.assets.guest import find_kernel
 
     kernel = find_kernel(config.runtime.data_dir, config.hypervisor.kernel)
     return f"{kernel.version} ({kernel.kind})"
 
 
 def _image(config: Config) -> str:
-    from katapy.assets import find_image
+    from katapy.assets.guest import find_image
 
     image = find_image(config.runtime.data_dir, config.hypervisor.image)
     return f"{image.digest[:12]}, {image.size_bytes >> 20} MiB"

@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-from katapy import assets
+from katapy.assets import guest, store
+from katapy.assets.asset import DEFAULT_DATA_DIR
+from katapy.assets.root import Root, list_roots
 from katapy.cli.table import age, print_table, size, utc
 from katapy.errors import KatapyError
 
@@ -57,9 +59,9 @@ def list_assets(style: str) -> None:
       katapy image ls
       katapy image ls --format json
     """
-    images, image_errors = assets.list_images(_data_dir())
-    kernels, kernel_errors = assets.list_kernels(_data_dir())
-    roots, root_errors = assets.list_roots(_data_dir())
+    images, image_errors = guest.list_images(_data_dir())
+    kernels, kernel_errors = guest.list_kernels(_data_dir())
+    roots, root_errors = list_roots(_data_dir())
     for error in (*image_errors, *kernel_errors, *root_errors):
         click.echo(f"katapy: {error}", err=True)
     if style == "json":
@@ -67,7 +69,7 @@ def list_assets(style: str) -> None:
         click.echo(json.dumps({**shown, "roots": [*map(_root_json, roots)]}))
         return
     try:
-        kernel = assets.find_kernel(_data_dir()).version
+        kernel = guest.find_kernel(_data_dir()).version
     except KatapyError:
         kernel = "-"
     rows = [(one.short_digest, size(one.size_bytes), kernel, age(one.created)) for one in images]
@@ -93,7 +95,7 @@ def remove(digests: tuple[str, ...], everything: bool) -> None:
         raise click.UsageError("give either a DIGEST or --all")
     require_root("remove a guest image")
     # One by one: what is removed is told, also where a later one is not there.
-    removed = (assets.remove_image(_data_dir(), digest) for digest in digests)
+    removed = (store.remove_image(_data_dir(), digest) for digest in digests)
     for name in _remove_everything() if everything else removed:
         click.echo(name)
 
@@ -101,22 +103,22 @@ def remove(digests: tuple[str, ...], everything: bool) -> None:
 def _remove_everything() -> Iterator[str]:
     from katapy.storage.image_root import remove_unused
 
-    yield from assets.remove_all(_data_dir())
+    yield from store.remove_all(_data_dir())
     yield from remove_unused(_data_dir() / "roots")
 
 
 def _data_dir() -> Path:
     settings = click.get_current_context().find_root().obj
-    return assets.DEFAULT_DATA_DIR if settings is None else Path(settings.config.runtime.data_dir)
+    return DEFAULT_DATA_DIR if settings is None else Path(settings.config.runtime.data_dir)
 
 
-def _image_json(one: assets.Image) -> dict[str, Any]:
+def _image_json(one: guest.Image) -> dict[str, Any]:
     return {"digest": one.digest, "path": str(one.path), "size": one.size_bytes, "created": utc(one.created)}
 
 
-def _kernel_json(one: assets.Kernel) -> dict[str, Any]:
+def _kernel_json(one: guest.Kernel) -> dict[str, Any]:
     return {"version": one.version, "kind": one.kind, "path": str(one.kernel), "created": utc(one.created)}
 
 
-def _root_json(one: assets.Root) -> dict[str, Any]:
+def _root_json(one: Root) -> dict[str, Any]:
     return {"digest": one.digest, "path": str(one.path), "created": utc(one.created)}

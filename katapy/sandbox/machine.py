@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from katapy import assets, run
+from katapy import run
+from katapy.assets import guest
 from katapy.config import Config
 from katapy.devices import Device, Disk, KernelVsock, Nic, RootDisk
 from katapy.errors import KatapyError, Unavailable
@@ -211,8 +212,8 @@ async def make_template(config: Config, size: Size) -> Template:
 async def _base_config(config: Config, size: Size) -> VmConfig:
     """Return a VM of ``size`` without a device of a pod."""
     hypervisor = config.hypervisor
-    image = assets.find_image(config.runtime.data_dir, hypervisor.image)
-    kernel = assets.find_kernel(config.runtime.data_dir, hypervisor.kernel)
+    image = guest.find_image(config.runtime.data_dir, hypervisor.image)
+    kernel = guest.find_kernel(config.runtime.data_dir, hypervisor.kernel)
     return VmConfig(
         qemu=hypervisor.qemu,
         acceleration=require(await probe(), hypervisor),

@@ -17,7 +17,6 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from katapy.agent.stdio import open_streams
 from katapy.config import Config
 from katapy.errors import AlreadyExists, InvalidState, KatapyError, NotFound, Unavailable
 from katapy.oci.bundle import load_bundle
@@ -26,6 +25,7 @@ from katapy.oci.linux import Resources
 from katapy.oci.update import parse_change
 from katapy.proto import agent_pb2
 from katapy.sandbox.container import Container
+from katapy.sandbox.creation import create_in_guest, exec_in_guest
 from katapy.sandbox.hooks import hooks_seconds
 from katapy.sandbox.host import Host, await_stand_in, remove_cgroup
 from katapy.sandbox.host_cgroup import HostCgroup
@@ -33,7 +33,7 @@ from katapy.sandbox.machine import Machine, start_machine
 from katapy.sandbox.network import SandboxNetwork
 from katapy.sandbox.process import Exit, GuestProcess, StdioRequest
 from katapy.sandbox.record import Record
-from katapy.sandbox.share import Shared, check_shareable, share
+from katapy.sandbox.share import check_shareable, share
 from katapy.sandbox.signals import Signals
 from katapy.sandbox.sizing import Size, check_fits, vm_size
 from katapy.state import Status
@@ -140,7 +140,7 @@ class Sandbox:
             with phase("share files"):
                 shared = await asyncio.to_thread(share, machine.parts.tree, container)
             with phase("create the container"):
-                process.guest_pid = await machine.guarded(self._create_in_guest(machine, process, names, shared))
+                await machine.guarded(create_in_guest(machine, self.id, container, names, shared))
             await self._host.finish(container)
         except BaseException:
             await self._forget(container)
@@ -194,7 +194,7 @@ class Sandbox:
             machine = self._alive()
             if exec_id:
                 container.init.require([Status.RUNNING], "start a process in")
-                await machine.guarded(self._exec_in_guest(machine, process, container.exec_specs[exec_id]))
+                await machine.guarded(exec_in_guest(machine, process, container.exec_specs[exec_id]))
                 process.watch = asyncio.create_task(self._watch(process), name=f"wait for {process.name}")
             else:
                 if self._network is not None:
@@ -463,36 +463,6 @@ class Sandbox:
 
     def _size(self, container: Container) -> Size:
         return vm_size(self._config, container.bundle.spec, host_cpus=os.cpu_count() or 1)
-
-    async def _create_in_guest(self, machine: Machine, process: GuestProcess, names: list[str], shared: Shared) -> int:
-        stdio = await self._open_streams(machine, process, names)
-        # The network is the VM's, so every container of the pod has it already.
-        bundle = self._container(process.container_id).bundle
-        types = [kind for kind in bundle.spec.joined_namespaces if kind != "network"]
-        joined = (self.id, types) if types else ("", types)
-        return await machine.agent.create_container(
-            process.container_id,
-            shared.spec,
-            stdio,
-            bundle=bundle.path,
-            joined=joined,
-            memory=shared.memory,
-            root_disk=shared.root_disk,
-        )
-
-    async def _exec_in_guest(self, machine: Machine, process: GuestProcess, spec: bytes) -> None:
-        stdio = await self._open_streams(machine, process, process.stdio.names())
-        try:
-            process.guest_pid = await machine.agent.exec_process(process.container_id, process.exec_id, spec, stdio)
-        except BaseException:
-            process.close()
-            raise
-
-    async def _open_streams(self, machine: Machine, process: GuestProcess, names: list[str]) -> agent_pb2.Stdio:
-        with phase("open the streams"):
-            process.streams, stdio = await open_streams(machine.connect, names, terminal=process.stdio.terminal)
-        process.opened.set()
-        return stdio
 
     async def _watch(self, process: GuestProcess) -> None:
         machine = self._alive()

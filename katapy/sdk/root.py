@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from katapy.assets import hold_root
+from katapy.assets.root import hold_root
 from katapy.config import Config
 from katapy.errors import InvalidArgument, NotFound
 from katapy.sdk.document import ROOT, User

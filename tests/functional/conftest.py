@@ -55,21 +55,16 @@ _STARTS_OF_THEIR_OWN = (
     "test_played_engines.py",
     "test_installed_engines.py",
 )
-# What an agent does with a configuration, once it serves, hardly depends on how it came to that: `make soak`.
-_SELDOM_COLD = (
-    "test_config_rules.py",
-    "test_engines.py",
-    "test_lifecycle_rules.py",
-    "test_pod_network.py",
-    "test_sandbox",
-)
+# Where the boot itself is part of what is tested. What comes after it hardly depends on how a VM came to serve: the
+# rest is booted by `make soak`.
+_OFTEN_COLD = ("test_hardware.py", "test_kills.py", "test_run.py")
 _COLD = "[hypervisor]\ntemplate = false\n"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     how = "restored from templates (warm), or booted each time (cold)"
     parser.addoption("--starts", choices=["warm", "cold"], default="warm", help=f"VMs are {how}")
-    parser.addoption("--seldom", action="store_true", help="with --starts cold: only the tests that are seldom so")
+    parser.addoption("--seldom", action="store_true", help="with --starts cold: only what is seldom so")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -81,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.vm)
             item.add_marker(pytest.mark.root)
             name = item.path.name
-            out = name in _STARTS_OF_THEIR_OWN or name.startswith(_SELDOM_COLD) is not config.getoption("--seldom")
+            out = name in _STARTS_OF_THEIR_OWN or (name in _OFTEN_COLD) is config.getoption("--seldom")
             (left_out if cold and out else chosen).append(item)
         else:
             chosen.append(item)

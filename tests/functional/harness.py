@@ -20,6 +20,8 @@ from katapy.oci.default import default_spec
 from katapy.transport.vsock import VsockKind, find_kind
 
 KATAPY = Path(sys.executable).with_name("katapy")
+# What tells one running kernel from another: a guest's may be of the same release as the host's.
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Generous: the machine may be slow, shared, and without hardware virtualization.
 SLOWNESS = 5.0 if "KATAPY_LAB" in os.environ else 1.0
 """How much longer things take here than on a machine without emulation, or with only one."""

@@ -188,11 +188,11 @@ def test_qemu_that_cannot_start(katapy: Katapy, bundle: MakeBundle, tmp_path: Pa
 
 def test_damaged_image(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
     """A guest whose root is garbage cannot boot: one message with the console's last words, and nothing left."""
-    from katapy import assets
+    from katapy.assets import guest
 
     real = Path("/var/lib/katapy")
     data = tmp_path / "data"
-    image, kernel = assets.find_image(real), assets.find_kernel(real, "debian")
+    image, kernel = guest.find_image(real), guest.find_kernel(real, "debian")
     (data / "kernel").mkdir(parents=True)
     (data / "kernel" / kernel.version).symlink_to(kernel.kernel.parent)
     copy = data / "image" / image.digest

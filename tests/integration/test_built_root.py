@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from katapy import assets
+from katapy.assets import store
+from katapy.assets.asset import DEFAULT_DATA_DIR
+from katapy.assets.root import hold_root
 from katapy.image_build import find_sources
 
 pytestmark = pytest.mark.root
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture(scope="module")
 def root() -> Iterator[Path]:
-    with assets.hold_root(assets.DEFAULT_DATA_DIR) as found:
+    with hold_root(DEFAULT_DATA_DIR) as found:
         yield found.path
 
 
@@ -66,7 +68,7 @@ def test_links_stay_inside(root: Path) -> None:
 
 def test_another_build_gives_the_same(root: Path, tmp_path: Path) -> None:
     sources = find_sources()
-    (cache,) = (assets.DEFAULT_DATA_DIR / "cache").iterdir()
+    (cache,) = (DEFAULT_DATA_DIR / "cache").iterdir()
     recipe = sources / "default-root/default_root.py"
     # Whoever builds has another umask.
     umask = os.umask(0o077)
@@ -74,6 +76,6 @@ def test_another_build_gives_the_same(root: Path, tmp_path: Path) -> None:
         subprocess.run([sys.executable, recipe, tmp_path, cache], check=True)
     finally:
         os.umask(umask)
-    assert assets._tree_digest(tmp_path / "root/rootfs") == root.parent.name
+    assert store._tree_digest(tmp_path / "root/rootfs") == root.parent.name
     assert {path.lstat().st_mtime for path in (tmp_path / "root/rootfs").rglob("*")} == {0.0}
     shutil.rmtree(tmp_path / "root")

@@ -9,7 +9,9 @@ from unittest.mock import ANY
 
 import pytest
 
-from katapy import assets, image_build
+from katapy import image_build
+from katapy.assets import guest
+from katapy.assets.root import Root, find_root, hold_root
 from katapy.errors import Unavailable
 
 RECIPE = """
@@ -66,10 +68,10 @@ class Project:
         text = ROOT_RECIPE.format(log=str(self.log), content=content)
         (self.sources / "default-root/default_root.py").write_text(text)
 
-    def build(self, *, force: bool = False) -> assets.Image:
+    def build(self, *, force: bool = False) -> guest.Image:
         return image_build.build(self.data, self.sources, force=force)[0]
 
-    def build_root(self) -> assets.Root:
+    def build_root(self) -> Root:
         return image_build.build(self.data, self.sources)[2]
 
     def runs(self) -> list[str]:
@@ -97,7 +99,7 @@ def test_a_change_of_the_agent_builds_the_image_only(project: Project) -> None:
     project.agent.write_text("agent 2")
     changed = project.build()
     assert changed.digest != image.digest
-    assert assets.find_image(project.data) == changed
+    assert guest.find_image(project.data) == changed
     assert project.runs() == ["image kernel", "root", "image"]
 
 
@@ -108,7 +110,7 @@ def test_going_back_to_an_older_agent_boots_that_agent(project: Project) -> None
     project.build()
     project.agent.write_text("agent 1")
     project.build()
-    assert assets.find_image(project.data).path.read_text() == "agent 1"
+    assert guest.find_image(project.data).path.read_text() == "agent 1"
 
 
 def test_a_change_of_the_recipe_builds_all(project: Project) -> None:
@@ -130,14 +132,14 @@ def test_a_change_of_the_roots_recipe_builds_the_root_only(project: Project) -> 
     project.write_root_recipe("python 2")
     new = project.build_root()
     assert project.runs() == ["image kernel", "root", "root"]
-    assert assets.find_root(project.data) == new
+    assert find_root(project.data) == new
     assert (new.path / "usr/bin/python3").read_text() == "python 2"
     assert not old.path.exists()
 
 
 def test_an_older_root_that_is_in_use_stays_until_the_next_build(project: Project) -> None:
     old = project.build_root()
-    with assets.hold_root(project.data) as held:
+    with hold_root(project.data) as held:
         assert held == old
         project.write_root_recipe("python 2")
         project.build_root()
@@ -151,7 +153,7 @@ def test_a_root_that_comes_out_the_same_stays_where_it_is(project: Project) -> N
     old = project.build_root()
     inode = old.path.stat().st_ino
     project.build(force=True)
-    again = assets.find_root(project.data)
+    again = find_root(project.data)
     assert (again.digest, again.path.stat().st_ino) == (old.digest, inode)
     assert again.created > old.created
 
@@ -162,7 +164,7 @@ def test_a_damaged_root_is_built_again(project: Project) -> None:
     with pytest.raises(
         Unavailable, match=r"root .* is damaged: rootfs/usr/bin/python3 is missing; .*katapy image build"
     ):
-        assets.find_root(project.data)
+        find_root(project.data)
     assert project.build_root() == replace(root, created=ANY)
 
 
@@ -176,5 +178,5 @@ def test_a_failed_build_leaves_what_was_there(project: Project) -> None:
     project.write_recipe(3)
     with pytest.raises(Unavailable, match=r"cannot build the guest's image and kernel: build.py ended with status 3"):
         project.build()
-    assert assets.find_image(project.data) == image
+    assert guest.find_image(project.data) == image
     assert not list(project.data.glob(".build-*"))

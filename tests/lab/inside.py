@@ -50,8 +50,8 @@ def _set_up() -> dict[str, Any]:
     return job
 
 
-def _test(project: str, run: dict[str, Any]) -> int:
-    """Do one run of pytest and return its status."""
+def _do(project: str, run: dict[str, Any]) -> int:
+    """Do one run of pytest or the bench and return its status."""
     config = Path("/run", f"katapy-{run['name']}.toml")
     config.write_text(run["config"])
     environment = {
@@ -62,21 +62,30 @@ def _test(project: str, run: dict[str, Any]) -> int:
         "KATAPY_RECORD": str(_port("events")),
         "KATAPY_CONFIG": str(config),
     }
+    print(f"lab: {run['name']}", flush=True)
+    if "bench" in run:
+        output = _RESULTS / run["name"]
+        bench = [".venv/bin/python", "bench/run.py", *run["bench"], "--output", str(output)]
+        status = subprocess.run(bench, cwd=project, env=environment, stdin=subprocess.DEVNULL).returncode
+        if status == 0:
+            # What comes out has no directories.
+            for path in output.iterdir():
+                path.rename(_RESULTS / f"{run['name']}-{path.name}")
+        return status
     pytest = [".venv/bin/pytest", "-v", "-p", "no:cacheprovider", "-o", f"timeout={_TIMEOUT}"]
     pytest += ["-o", "timeout_method=signal", f"--junit-xml={_RESULTS}/{run['name']}.xml", "--durations=15"]
     argv = ["unshare", "--mount", "--propagation", "private", *pytest, *run["tests"]]
-    print(f"lab: {run['name']}", flush=True)
     return subprocess.run(argv, cwd=project, env=environment, stdin=subprocess.DEVNULL).returncode
 
 
-def _tests(job: dict[str, Any]) -> None:
+def _work(job: dict[str, Any]) -> None:
     _RESULTS.mkdir()
     output = os.open(_port("output"), os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     status = 0
     for run in job["runs"]:
-        status = _test(job["project"], run) or status
+        status = _do(job["project"], run) or status
     with (_RESULTS / "journal.log").open("wb") as journal:
         subprocess.run(["journalctl", "--boot", "--no-pager"], stdout=journal)
     with _port("results").open("wb") as port, tarfile.open(fileobj=port, mode="w|") as tar:
@@ -100,7 +109,7 @@ def main() -> None:
     if "shell" in job:
         _shell(job)
     else:
-        _tests(job)
+        _work(job)
 
 
 if __name__ == "__main__":

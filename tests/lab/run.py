@@ -1,6 +1,7 @@
 """The lab: a host with KVM, vhost-vsock, vhost-net, cgroup v2 and systemd, emulated; tests run in it as they do here.
 
 run.py [--deadline SECONDS] [TEST...]   boot it, run the selection of tests/features.py in it, or what is named
+run.py --bench                          the bench in it, by accelerator and vsock device: only its ratios mean something
 run.py --shell                          a shell in it
 
 QEMU's TCG emulates AMD's SVM, so a Debian in it has a working /dev/kvm. What the tests print is printed here while they
@@ -35,7 +36,7 @@ from features import FEATURES, HARDWARE
 from progress import LabError, Progress
 from steps import BuildError, call, run_main, step
 
-from katapy.assets import DEFAULT_DATA_DIR
+from katapy.assets.asset import DEFAULT_DATA_DIR
 
 SOURCE: Final = Path(__file__).resolve().parents[2]
 _BUILD: Final = SOURCE / "build"
@@ -53,25 +54,45 @@ _CONSOLE_LINES: Final = 25
 _CHUNK: Final = 1 << 16
 
 # What is worth a second run, on the vsock device that most hosts with KVM do not use.
-_WITH_OWN_VSOCK: Final = ("exec, kill, delete", "two pods at once")
+_WITH_OWN_VSOCK: Final = ("exec, kill, delete", "every byte of stdio", "two pods at once")
 # Of the guests in the lab: they are emulated all the same, so what spares time under TCG does here.
 _CONFIG: Final = """[hypervisor]
+accel = "{accel}"
 vsock = "{vsock}"
 kernel_params = ["mitigations=off", "clearcpuid=112"]
 [runtime]
 boot_timeout = 600
 """
+# What is measured with which; emulation in an emulated host is another ten times slower.
+_BENCHES: Final = {
+    ("kvm", "kernel"): ("--runs=3", "--only=start,memory,streams"),
+    ("kvm", "user"): ("--runs=3", "--only=start,streams"),
+    ("tcg", "kernel"): ("--runs=1", "--only=start"),
+}
+_BENCH_DEADLINE: Final = 2 * 3600.0
+
+
+def _config(accel: str = "auto", vsock: str = "auto") -> str:
+    return _CONFIG.format(accel=accel, vsock=vsock)
+
+
+def plan_benches() -> list[dict[str, object]]:
+    """Return the runs of the bench in the lab, each with a name, its options and katapy's configuration."""
+    return [
+        {"name": f"{accel}-{vsock}-vsock", "bench": ["--quick", *options], "config": _config(accel, vsock)}
+        for (accel, vsock), options in _BENCHES.items()
+    ]
 
 
 def plan(tests: Sequence[str]) -> list[dict[str, object]]:
     """Return the runs of pytest in the lab, each with a name, its arguments and katapy's configuration."""
     if tests:
-        return [{"name": "named", "tests": list(tests), "config": _CONFIG.format(vsock="auto")}]
+        return [{"name": "named", "tests": list(tests), "config": _config()}]
     everything = [test for selected in (FEATURES | HARDWARE).values() for test in selected]
     again = [test for name in _WITH_OWN_VSOCK for test in FEATURES[name]]
     return [
-        {"name": "kernel-vsock", "tests": list(dict.fromkeys(everything)), "config": _CONFIG.format(vsock="auto")},
-        {"name": "user-vsock", "tests": list(dict.fromkeys(again)), "config": _CONFIG.format(vsock="user")},
+        {"name": "kernel-vsock", "tests": list(dict.fromkeys(everything)), "config": _config()},
+        {"name": "user-vsock", "tests": list(dict.fromkeys(again)), "config": _config(vsock="user")},
     ]
 
 
@@ -175,10 +196,10 @@ def _bounded(file: io.FileIO, limit: int) -> Callable[[bytes], None]:
     return write
 
 
-def test(image: recipe.HostImage, tests: Sequence[str], deadline: float, memory: str) -> int:
-    """Run tests in the lab; return their exit status. Raises LabError where it has none."""
+def work(image: recipe.HostImage, runs: Sequence[Mapping[str, object]], deadline: float, memory: str) -> int:
+    """Run tests or benches in the lab; return their exit status. Raises LabError where it has none."""
     progress = Progress()
-    job = {"project": str(SOURCE), "runs": plan(tests)}
+    job = {"project": str(SOURCE), "runs": runs}
     with ExitStack() as stack:
         disks = stack.enter_context(_disks(job))
         console, output, events, results = (
@@ -270,7 +291,8 @@ def main() -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description="run tests on an emulated host with KVM")
     parser.add_argument("--shell", action="store_true", help="a shell instead of tests")
-    parser.add_argument("--deadline", type=float, default=_DEADLINE, help="seconds for all tests")
+    parser.add_argument("--bench", action="store_true", help="the bench instead of tests")
+    parser.add_argument("--deadline", type=float, help="seconds for all of it")
     parser.add_argument("--memory", default=_MEMORY, help="of the lab, as QEMU takes it")
     parser.add_argument("tests", nargs="*", help="node ids or options of pytest, after --")
     options = parser.parse_args()
@@ -282,7 +304,8 @@ def main() -> None:
         image = recipe.provide(_BUILD / "lab")
         if options.shell:
             sys.exit(shell(image, options.memory))
-        sys.exit(test(image, options.tests, options.deadline, options.memory))
+        runs, deadline = (plan_benches(), _BENCH_DEADLINE) if options.bench else (plan(options.tests), _DEADLINE)
+        sys.exit(work(image, runs, options.deadline or deadline, options.memory))
     except LabError as error:
         sys.exit(f"lab: {error}")
     except BuildError as error:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from katapy import assets
-from katapy.assets import KernelKind
+from katapy.assets import guest, store
+from katapy.assets.guest import KernelKind
+from katapy.assets.root import Root, find_root, hold_root
 from katapy.errors import InvalidArgument, NotFound, Unavailable
 
 
@@ -18,20 +19,20 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def install_image(data: Path, content: bytes, *, created: float | None = None, inputs: str = "i") -> assets.Image:
-    with assets.lock(data), assets.staging(data) as built:
+def install_image(data: Path, content: bytes, *, created: float | None = None, inputs: str = "i") -> guest.Image:
+    with store.lock(data), store.staging(data) as built:
         directory = built / "image"
         directory.mkdir()
         (directory / "root.erofs").write_bytes(content)
         (directory / "facts.json").write_text('{"packages": ["libc6_2.36_amd64"]}')
-        image = assets.install_image(data, directory, inputs=inputs)
+        image = store.install_image(data, directory, inputs=inputs)
     if created is not None:
         _edit(image.path.with_name("image.json"), created=created)
     return image
 
 
-def install_kernel(data: Path, version: str, kind: KernelKind, *, created: float) -> assets.Kernel:
-    with assets.lock(data), assets.staging(data) as built:
+def install_kernel(data: Path, version: str, kind: KernelKind, *, created: float) -> guest.Kernel:
+    with store.lock(data), store.staging(data) as built:
         directory = built / "kernel"
         directory.mkdir()
         if kind is KernelKind.TUNED:
@@ -40,7 +41,7 @@ def install_kernel(data: Path, version: str, kind: KernelKind, *, created: float
             (directory / "vmlinuz").write_bytes(b"bzimage")
             (directory / "initramfs.cpio").write_bytes(b"cpio")
         (directory / "facts.json").write_text(json.dumps({"version": version}))
-        kernel = assets.install_kernel(data, directory, kind=kind, inputs="k")
+        kernel = store.install_kernel(data, directory, kind=kind, inputs="k")
     _edit(kernel.kernel.with_name("kernel.json"), created=created)
     return kernel
 
@@ -53,7 +54,7 @@ def test_the_newest_image_is_booted(data: Path) -> None:
     install_image(data, b"old", created=1.0)
     new = install_image(data, b"new", created=3.0)
     install_image(data, b"middle", created=2.0)
-    found = assets.find_image(data)
+    found = guest.find_image(data)
     assert (found.digest, found.path.read_bytes()) == (new.digest, b"new")
 
 
@@ -61,7 +62,7 @@ def test_an_image_is_named_by_its_content_and_found_by_a_prefix(data: Path) -> N
     image = install_image(data, b"x")
     install_image(data, b"y")
     assert image.digest == "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"  # sha256sum of "x"
-    assert assets.find_image(data, image.digest[:6]).path == image.path
+    assert guest.find_image(data, image.digest[:6]).path == image.path
     assert json.loads(image.path.with_name("image.json").read_text())["packages"] == ["libc6_2.36_amd64"]
 
 
@@ -69,7 +70,7 @@ def test_an_image_is_named_by_its_content_and_found_by_a_prefix(data: Path) -> N
 def test_what_is_no_digest_is_refused(data: Path, choice: str) -> None:
     install_image(data, b"x")
     with pytest.raises(InvalidArgument, match="digits of its digest"):
-        assets.find_image(data, choice)
+        guest.find_image(data, choice)
 
 
 def test_a_prefix_of_two_images_is_refused(data: Path) -> None:
@@ -77,18 +78,18 @@ def test_a_prefix_of_two_images_is_refused(data: Path) -> None:
     twin = image.path.parent.with_name(image.digest[:8] + "0" * 56)
     shutil.copytree(image.path.parent, twin)
     with pytest.raises(InvalidArgument, match="2 guest images start with"):
-        assets.remove_image(data, image.digest[:8])
+        store.remove_image(data, image.digest[:8])
     assert twin.exists()
 
 
 def test_what_is_missing_says_how_to_get_it(data: Path) -> None:
     for find, how in (
-        (lambda: assets.find_image(data), "katapy image build"),
-        (lambda: assets.find_image(data, "0000"), "katapy image ls"),
-        (lambda: assets.find_kernel(data), "katapy image build"),
-        (lambda: assets.find_root(data), "katapy image build"),
-        (lambda: assets.find_kernel(data, "tuned"), "make guest-kernel"),
-        (lambda: assets.find_kernel(data, "9.9.9-none"), "9.9.9-none"),
+        (lambda: guest.find_image(data), "katapy image build"),
+        (lambda: guest.find_image(data, "0000"), "katapy image ls"),
+        (lambda: guest.find_kernel(data), "katapy image build"),
+        (lambda: find_root(data), "katapy image build"),
+        (lambda: guest.find_kernel(data, "tuned"), "make guest-kernel"),
+        (lambda: guest.find_kernel(data, "9.9.9-none"), "9.9.9-none"),
     ):
         with pytest.raises(NotFound, match=how):
             find()
@@ -98,7 +99,7 @@ def test_a_truncated_image_is_damaged_not_booted(data: Path) -> None:
     image = install_image(data, b"whole")
     image.path.write_bytes(b"who")
     with pytest.raises(Unavailable, match=r"root.erofs has 3 bytes, not 5.*katapy image build") as caught:
-        assets.find_image(data)
+        guest.find_image(data)
     assert "\n" not in str(caught.value)
 
 
@@ -109,7 +110,7 @@ def test_json_that_makes_no_sense_is_damage(data: Path, text: str) -> None:
     image = install_image(data, b"whole")
     image.path.with_name("image.json").write_text(text)
     with pytest.raises(Unavailable, match=f"{image.digest[:12]}.* is damaged") as caught:
-        assets.find_image(data)
+        guest.find_image(data)
     assert "\n" not in str(caught.value)
 
 
@@ -118,40 +119,40 @@ def test_a_kernel_without_its_initramfs_is_damaged(data: Path) -> None:
     assert kernel.initramfs is not None
     kernel.initramfs.unlink()
     with pytest.raises(Unavailable, match=r"cannot read initramfs.cpio"):
-        assets.find_kernel(data)
+        guest.find_kernel(data)
 
 
 def test_the_tuned_kernel_comes_first_and_any_can_be_named(data: Path) -> None:
     old = install_kernel(data, "6.1.0-1-cloud-amd64", KernelKind.DEBIAN, created=1.0)
     new = install_kernel(data, "6.1.0-2-cloud-amd64", KernelKind.DEBIAN, created=2.0)
-    assert assets.find_kernel(data).version == new.version
+    assert guest.find_kernel(data).version == new.version
     tuned = install_kernel(data, "6.1.9-katapy", KernelKind.TUNED, created=0.0)
-    assert assets.find_kernel(data).version == tuned.version
+    assert guest.find_kernel(data).version == tuned.version
     assert (tuned.kernel.name, tuned.initramfs) == ("vmlinux", None)
-    assert assets.find_kernel(data, "debian").version == new.version
-    assert assets.find_kernel(data, "tuned").version == tuned.version
-    assert assets.find_kernel(data, old.version).kernel == old.kernel
+    assert guest.find_kernel(data, "debian").version == new.version
+    assert guest.find_kernel(data, "tuned").version == tuned.version
+    assert guest.find_kernel(data, old.version).kernel == old.kernel
 
 
 @pytest.mark.parametrize("version", ["", "..", "../../etc", ".hidden", "a/b", "x" * 200, None, 6])
 def test_a_version_that_is_no_file_name_is_not_installed(data: Path, version: object) -> None:
-    with assets.lock(data), assets.staging(data) as built:
+    with store.lock(data), store.staging(data) as built:
         (built / "facts.json").write_text(json.dumps({"version": version}))
         with pytest.raises(Unavailable, match="no usable version"):
-            assets.install_kernel(data, built, kind=KernelKind.DEBIAN, inputs="k")
+            store.install_kernel(data, built, kind=KernelKind.DEBIAN, inputs="k")
 
 
 def test_installing_again_mends_a_damaged_image(data: Path) -> None:
     image = install_image(data, b"whole")
     image.path.write_bytes(b"who")
     install_image(data, b"whole")
-    assert assets.find_image(data).path.read_bytes() == b"whole"
+    assert guest.find_image(data).path.read_bytes() == b"whole"
     assert not list(data.glob(".build-*"))
 
 
 def test_a_build_that_fails_leaves_nothing(data: Path) -> None:
     def build() -> None:
-        with assets.lock(data), assets.staging(data) as built:
+        with store.lock(data), store.staging(data) as built:
             (built / "root.erofs").write_bytes(b"half")
             raise RuntimeError
 
@@ -163,8 +164,8 @@ def test_a_build_that_fails_leaves_nothing(data: Path) -> None:
 def test_the_next_build_removes_what_a_crash_left(data: Path) -> None:
     stale = data / ".build-crashed" / "image"
     stale.mkdir(parents=True)
-    assert assets.list_images(data) == ([], [])
-    with assets.lock(data), assets.staging(data) as built:
+    assert guest.list_images(data) == ([], [])
+    with store.lock(data), store.staging(data) as built:
         assert not stale.exists()
         assert built.exists()
 
@@ -176,9 +177,9 @@ def test_only_one_holds_the_lock(data: Path) -> None:
     def waiting() -> None:
         raise Waited
 
-    with assets.lock(data), pytest.raises(Waited), assets.lock(data, waiting):
+    with store.lock(data), pytest.raises(Waited), store.lock(data, waiting):
         pass
-    with assets.lock(data, waiting):
+    with store.lock(data, waiting):
         pass
 
 
@@ -186,27 +187,27 @@ def test_removing_takes_damaged_ones_too(data: Path) -> None:
     image = install_image(data, b"whole")
     other = install_image(data, b"other")
     image.path.with_name("image.json").unlink()
-    assert assets.remove_image(data, image.digest[:12]) == image.digest
-    assert [one.digest for one in assets.list_images(data)[0]] == [other.digest]
+    assert store.remove_image(data, image.digest[:12]) == image.digest
+    assert [one.digest for one in guest.list_images(data)[0]] == [other.digest]
     install_kernel(data, "6.1.9-katapy", KernelKind.TUNED, created=0.0)
     (data / "cache" / "abc").mkdir(parents=True)
-    assert assets.remove_all(data) == [other.digest, "6.1.9-katapy"]
+    assert store.remove_all(data) == [other.digest, "6.1.9-katapy"]
     assert sorted(path.name for path in data.rglob("*")) == ["image", "kernel", "lock"]
 
 
-def install_root(data: Path, content: str) -> assets.Root:
-    with assets.lock(data), assets.staging(data) as built:
+def install_root(data: Path, content: str) -> Root:
+    with store.lock(data), store.staging(data) as built:
         program = built / "root/rootfs/usr/bin/python3"
         program.parent.mkdir(parents=True)
         program.write_text(content)
         (built / "root/facts.json").write_text('{"packages": []}')
-        return assets.install_root(data, built / "root", inputs="r")
+        return store.install_root(data, built / "root", inputs="r")
 
 
 def test_the_newest_root_is_used(data: Path) -> None:
     old, new = install_root(data, "1"), install_root(data, "2")
     assert old.digest != new.digest
-    assert assets.find_root(data) == new
+    assert find_root(data) == new
 
 
 def test_a_roots_digest_is_that_of_all_that_matters(data: Path) -> None:
@@ -219,16 +220,16 @@ def test_a_roots_digest_is_that_of_all_that_matters(data: Path) -> None:
         lambda: (root.path / "empty").mkdir(),
         lambda: (root.path / "link").symlink_to("python"),
     ):
-        before = assets._tree_digest(root.path)
+        before = store._tree_digest(root.path)
         change()
-        assert assets._tree_digest(root.path) != before
+        assert store._tree_digest(root.path) != before
 
 
 def test_a_root_that_is_used_is_not_removed(data: Path) -> None:
     used, unused = install_root(data, "1"), install_root(data, "2")
     _edit(used.path.with_name("root.json"), created=unused.created + 1)
-    with assets.hold_root(data) as held:
+    with hold_root(data) as held:
         assert held.digest == used.digest
-        assert assets.remove_all(data) == [unused.digest]
-    assert assets.remove_all(data) == [used.digest]
+        assert store.remove_all(data) == [unused.digest]
+    assert store.remove_all(data) == [used.digest]
     assert not list((data / "root").iterdir())

@@ -38,7 +38,7 @@ def test_tables() -> None:
     assert "Measured on 2026-01-02 in 3 rounds" in text
     assert "katapy 1.0 (abc), QEMU 7,\nguest kernel 6.1 and no runc, on:" in text
     assert "* cpu: One\n* cores: 2\n" in text
-    assert "Left out: memory: only 3 pods" in text
+    assert "* memory: only 3 pods" in text
     assert text.index("### Start") < text.index("### Memory")
     assert "| bare VM | 1.00 s |  |  |  |  |\n" in text
     assert "| run true | 3.00 s | 2.50 s to 3.50 s | 2.00 s to 4.00 s | **3** (2.5 to 3.5) | bare VM |\n" in text

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import click.testing
 import pytest
 
-from katapy import assets, held
-from katapy.assets import KernelKind
+from katapy import held
+from katapy.assets import guest, store
+from katapy.assets.guest import KernelKind
+from katapy.assets.root import find_root, hold_root
 from katapy.cli.image import image
 from katapy.cli.table import age
 from katapy.errors import NotFound
@@ -19,17 +21,17 @@ from katapy.errors import NotFound
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     data = tmp_path / "data"
-    with assets.lock(data), assets.staging(data) as built:
+    with store.lock(data), store.staging(data) as built:
         for name, file, facts in (("image", "root.erofs", {}), ("kernel", "vmlinux", {"version": "6.1.9-katapy"})):
             (built / name).mkdir()
             (built / name / file).write_bytes(b"x" * (3 << 19))
             (built / name / "facts.json").write_text(json.dumps(facts))
-        assets.install_image(data, built / "image", inputs="i")
-        assets.install_kernel(data, built / "kernel", kind=KernelKind.TUNED, inputs="k")
+        store.install_image(data, built / "image", inputs="i")
+        store.install_kernel(data, built / "kernel", kind=KernelKind.TUNED, inputs="k")
         (built / "root/rootfs/usr/bin").mkdir(parents=True)
         (built / "root/rootfs/usr/bin/python3").touch()
         (built / "root/facts.json").write_text("{}")
-        assets.install_root(data, built / "root", inputs="r")
+        store.install_root(data, built / "root", inputs="r")
     return data
 
 
@@ -39,7 +41,7 @@ def run(data: Path, *args: str) -> click.testing.Result:
 
 
 def test_table(data: Path) -> None:
-    digest = assets.find_image(data).digest
+    digest = guest.find_image(data).digest
     lines = run(data, "ls").stdout.splitlines()
     assert [line.split() for line in lines] == [
         ["DIGEST", "SIZE", "KERNEL", "AGE"],
@@ -54,13 +56,13 @@ def test_table_without_kernel(data: Path) -> None:
 
 def test_json(data: Path) -> None:
     answer = json.loads(run(data, "ls", "--format", "json").stdout)
-    assert [(one["digest"], one["size"]) for one in answer["images"]] == [(assets.find_image(data).digest, 3 << 19)]
-    assert [one["path"] for one in answer["roots"]] == [str(assets.find_root(data).path)]
+    assert [(one["digest"], one["size"]) for one in answer["images"]] == [(guest.find_image(data).digest, 3 << 19)]
+    assert [one["path"] for one in answer["roots"]] == [str(find_root(data).path)]
     assert [(one["version"], one["kind"]) for one in answer["kernels"]] == [("6.1.9-katapy", "tuned")]
 
 
 def test_damage_is_told_and_the_rest_listed(data: Path) -> None:
-    assets.find_image(data).path.write_bytes(b"short")
+    guest.find_image(data).path.write_bytes(b"short")
     done = run(data, "ls")
     assert done.exit_code == 0
     assert done.stdout.startswith("DIGEST")
@@ -70,22 +72,22 @@ def test_damage_is_told_and_the_rest_listed(data: Path) -> None:
 @pytest.mark.parametrize("args", [(), ("abcd", "--all")])
 def test_rm_wants_one_of_both(data: Path, args: tuple[str, ...]) -> None:
     assert run(data, "rm", *args).exit_code == 2
-    assert assets.list_images(data)[0]
+    assert guest.list_images(data)[0]
 
 
 def test_rm(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    digest = assets.find_image(data).digest
+    digest = guest.find_image(data).digest
     assert run(data, "rm", digest[:4]).stdout == f"{digest}\n"
     with pytest.raises(NotFound):
-        assets.find_image(data)
-    assert assets.find_kernel(data).version == "6.1.9-katapy"
+        guest.find_image(data)
+    assert guest.find_kernel(data).version == "6.1.9-katapy"
 
 
 def test_rm_takes_several(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The manual said so, and the second was an unexpected argument."""
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    digests = [assets.find_image(data).digest, "0" * 64, "1" * 64]
+    digests = [guest.find_image(data).digest, "0" * 64, "1" * 64]
     for digest in digests[1:]:
         (data / "image" / digest).mkdir()
     assert run(data, "rm", *digests[:2]).stdout.splitlines() == digests[:2]
@@ -100,7 +102,7 @@ def test_root_only(data: Path, monkeypatch: pytest.MonkeyPatch, command: list[st
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     done = run(data, *command)
     assert "must run as root" in str(done.exception)
-    assert assets.list_images(data)[0]
+    assert guest.list_images(data)[0]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_rm_all_takes_roots_too_that_nobody_uses(data: Path, monkeypatch: pytest
     used, unused = data / "roots/1", data / "roots/2"
     for place in (used, unused):
         place.mkdir(parents=True)
-    with assets.hold_root(data) as root, held.hold(used):
+    with hold_root(data) as root, held.hold(used):
         removed = run(data, "rm", "--all").stdout.splitlines()
         assert root.digest not in removed
         assert "2" in removed

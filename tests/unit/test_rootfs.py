@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import python_root
 import rootfs
 
 
@@ -46,7 +47,7 @@ def test_both_names_of_the_merged_directories_end_in_one_place(tmp_path: Path) -
         program = tarfile.TarInfo("./usr/bin/python3.11")
         program.size, program.mode = 3, 0o755
         tar.addfile(program, io.BytesIO(b"elf"))
-    rootfs._extract(archive, tmp_path / "root")
+    python_root.extract(archive, tmp_path / "root", rootfs._KEPT)
     files = {str(path.relative_to(tmp_path / "root")) for path in (tmp_path / "root").rglob("*") if not path.is_dir()}
     assert files == {"usr/lib/x86_64-linux-gnu/libz.so.1", "usr/bin/python3.11"}
     assert (tmp_path / "root/usr/lib/x86_64-linux-gnu/libz.so.1").readlink() == Path("libz.so.1.2.13")
