@@ -29,6 +29,15 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class RootDisk:
+    """A raw image, or a block device, with a container's root file system: virtio-blk. ``fd`` can only read."""
+
+    fd: int
+    serial: str
+    is_block_device: bool = False
+
+
+@dataclass(frozen=True)
 class KernelVsock:
     """vhost-vsock: ``cid`` is the guest's address, ``vhost_fd`` an open /dev/vhost-vsock."""
 
@@ -68,4 +77,4 @@ class SharedMemory(NamedTuple):
     gid: int
 
 
-Device = SharedDir | Disk | KernelVsock | UserVsock
+Device = SharedDir | Disk | RootDisk | KernelVsock | UserVsock

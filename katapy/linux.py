@@ -61,6 +61,7 @@ _SYS_BPF: Final = 321  # of x86-64
 _SYS_OPEN_TREE: Final = 428
 _SYS_MOVE_MOUNT: Final = 429
 _SYS_OPENAT2: Final = 437
+_SYS_PIDFD_GETFD: Final = 438
 _SYS_MOUNT_SETATTR: Final = 442
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -109,6 +110,11 @@ def prctl(option: int, value: int = 0) -> int:
 def syncfs(fd: int) -> None:
     """Write the file system of ``fd`` to its disk (syncfs(2))."""
     _check(_libc.syncfs(fd), "syncfs")
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """Return a duplicate, close-on-exec, of descriptor ``number`` of the process behind ``pidfd`` (pidfd_getfd(2))."""
+    return int(_check(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0), "pidfd_getfd"))
 
 
 def bpf(command: int, attributes: bytes) -> int:

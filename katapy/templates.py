@@ -48,7 +48,7 @@ class Template:
     """A VM that was saved.
 
     ``shape`` says for people what it was made of, ``created`` and ``used`` are seconds since the epoch, ``size_bytes``
-    what it takes on disk.
+    what it takes on disk. ``content`` is a hash of its files, which one that is made anew has another of.
     """
 
     key: str
@@ -57,6 +57,7 @@ class Template:
     created: float
     used: float
     size_bytes: int
+    content: str
 
     @property
     def short_key(self) -> str:
@@ -232,6 +233,7 @@ def _load(place: Path) -> Template:
             created=float(document["created"]),
             used=status.st_mtime,
             size_bytes=sum(file.st_blocks * 512 for file in files),
+            content=hashlib.sha256(dump(document["sha256"])).hexdigest(),
         )
     except (KeyError, TypeError, ValueError, InvalidArgument) as error:
         raise Unavailable(f"template {place.name[:12]} is damaged: {_JSON} does not hold what it should") from error

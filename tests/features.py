@@ -36,6 +36,7 @@ FEATURES: Final[dict[str, tuple[str, ...]]] = {
         f"{_INTEGRATION}cgroup.py",
         f"{_FUNCTIONAL}contract.py::test_the_pod_is_in_its_cgroup_on_the_host",
     ),
+    "a root that is a disk": (f"{_FUNCTIONAL}root_disk.py",),
     "two pods at once": (f"{_FUNCTIONAL}hardware.py::test_two_pods_at_once",),
     "a pod of two containers": (f"{_FUNCTIONAL}verbs.py::test_a_pod_of_two",),
     "networks through taps": (
@@ -64,6 +65,7 @@ FEATURES: Final[dict[str, tuple[str, ...]]] = {
 HARDWARE: Final[dict[str, tuple[str, ...]]] = {
     "CIDs of the kernel's vsock": (f"{_INTEGRATION}vsock_kernel.py",),
     "vhost-net": (f"{_INTEGRATION}network.py::test_vhost_has_a_descriptor_for_each_queue",),
+    "privately mapped memory": (f"{_FUNCTIONAL}private_memory.py",),
     "systemd makes the cgroups": (f"{_FUNCTIONAL}systemd.py",),
 }
 

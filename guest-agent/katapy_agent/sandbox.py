@@ -148,11 +148,13 @@ class Sandbox:
         joined_id: str = "",
         joined_types: Sequence[str] = (),
         memory: Mapping[str, Mapping[str, str | None]] | None = None,
+        root_disk: str = "",
     ) -> int:
         """Build a container from its config.json and return the pid of its init, which waits to be started.
 
         It shares the namespaces ``joined_types`` (ipc, uts, pid) of the container ``joined_id``, which lives, and
-        mounts from ``memory``: options of each tmpfs, by its name.
+        mounts from ``memory``: options of each tmpfs, by its name. ``root_disk`` is the serial number of the disk that
+        is its root file system.
         """
         check_id(container_id)
         for name in memory or ():
@@ -166,11 +168,18 @@ class Sandbox:
             raise InvalidState(f"sandbox already has {_CONTAINERS_MAX} containers")
         container = self._containers[container_id] = Container(container_id, self._services)
         try:
+            parsed = config.parse_spec(spec)
             for name, options in (memory or {}).items():
                 storage.mount_memory(name, options)
-            with ExitStack() as held:
+            with ExitStack() as held, ExitStack() as undo:
+                if root_disk:
+                    undo.callback(storage.release_root, container_id)
+                    read_only = parsed.root.readonly
+                    await asyncio.to_thread(storage.mount_root, container_id, root_disk, read_only=read_only)
                 joined = held.enter_context(self.container(joined_id).join(joined_types)) if joined_types else None
-                return await container.build(config.parse_spec(spec), streams, bundle=bundle, joined=joined)
+                pid = await container.build(parsed, streams, bundle=bundle, joined=joined)
+                undo.pop_all()
+                return pid
         except BaseException:
             del self._containers[container_id]
             raise
@@ -184,6 +193,7 @@ class Sandbox:
             raise InvalidState(f"container {container_id} is creating")
         await container.remove()
         await asyncio.to_thread(storage.release_shared, container_id)
+        await asyncio.to_thread(storage.release_root, container_id)
         self._containers.pop(container_id, None)
 
     def _check_created(self) -> None:

@@ -89,6 +89,7 @@ class AgentService:
             joined_id=request.joined_container_id,
             joined_types=tuple(request.joined_namespaces),
             memory={each.name: _memory_options(each) for each in request.memory},
+            root_disk=request.root_disk,
         )
         return pb.CreateContainerResponse(pid=pid)
 

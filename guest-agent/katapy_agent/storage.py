@@ -1,4 +1,4 @@
-"""Mounts of the guest itself: what a root needs, and the directory that the host shares. Containers' are `mounts`'."""
+"""Mounts of the guest itself: what a root needs, and what the host shares or plugs in. Containers' are `mounts`'."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import contextlib
 import errno
 import os
 import socket
+import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 from katapy_agent import linux
-from katapy_agent.errors import KatapyError, doing
+from katapy_agent.errors import KatapyError, NotFound, doing
 
 RUN: Final = Path("/run/katapy")
 SHARED: Final = RUN / "shared"
 MEMORY: Final = RUN / "memory"
+ROOTS: Final = RUN / "roots"
+_BLOCK_DEVICES: Final = Path("/sys/block")
 _PLUG_SECONDS: Final = 30.0
 _NETLINK_KOBJECT_UEVENT: Final = 15
 _UEVENT_MAX: Final = 8192
@@ -64,36 +67,94 @@ def mount_shared(tag: str) -> None:
 
     Raises KatapyError.
     """
+    _when_plugged(lambda: _mount_shared(tag))
+
+
+def _mount_shared(tag: str) -> None:
     try:
-        _mount_shared(tag)
-        return
+        # Not nosuid: every root and volume inherits this, and setuid programs are theirs to have.
+        mount("virtiofs", SHARED, linux.MOUNT_ATTR_NODEV, source=tag)
     except KatapyError as error:
-        if not _is_missing(error):
-            raise
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EINVAL:
+            raise NotFound(f"{error}: there is no device {tag[:36]!r}") from error
+        raise
+
+
+def mount_root(container_id: str, serial: str, *, read_only: bool) -> None:
+    """Mount the disk with this serial number as a container's root file system, waiting until it is plugged in.
+
+    One that is not ``read_only`` has a tmpfs over it, which takes what is written. Raises KatapyError.
+    """
+    place = ROOTS / container_id
+    disk = place / ("root" if read_only else "disk")
+    _when_plugged(lambda: _mount_disk(serial, disk))
+    if not read_only:
+        _mount_writable(place, disk)
+
+
+def _mount_disk(serial: str, target: Path) -> None:
+    # The device is read-only, and would not be opened for a file system that may write. Setuid programs as above.
+    mount("erofs", target, linux.MOUNT_ATTR_NODEV, source=str(_find_disk(serial)), options={"ro": None})
+
+
+def _find_disk(serial: str) -> Path:
+    """Return the node of a disk. Raises NotFound."""
+    for device in _BLOCK_DEVICES.iterdir():
+        node = Path("/dev") / device.name
+        with contextlib.suppress(OSError):  # it has none, or has just gone
+            if (device / "serial").read_text().strip() == serial and node.exists():
+                return node
+    raise NotFound(f"there is no disk {serial[:32]!r}")
+
+
+def _mount_writable(place: Path, disk: Path) -> None:
+    written, root = place / "written", place / "root"
+    mount("tmpfs", written, linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV, options={"mode": "0700"})
+    with doing(f"make a writable layer for {place.name}"):
+        upper, work = written / "upper", written / "work"
+        work.mkdir()
+        upper.mkdir()
+        # The root of the whole looks like that of the disk.
+        status = disk.stat()
+        upper.chmod(stat.S_IMODE(status.st_mode))
+        os.chown(upper, status.st_uid, status.st_gid)
+    layers = {"lowerdir": str(disk), "upperdir": str(upper), "workdir": str(work)}
+    mount("overlay", root, linux.MOUNT_ATTR_NODEV, options=layers)
+
+
+def release_root(container_id: str) -> None:
+    """Unmount a container's disk, where it has one, and forget what was written over it."""
+    place = ROOTS / container_id
+    for name in ("root", "written", "disk"):
+        # Not mounted, or never made: nothing to do.
+        with contextlib.suppress(OSError):
+            linux.umount(str(place / name), linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+        with contextlib.suppress(OSError):
+            (place / name).rmdir()
+    with contextlib.suppress(OSError):
+        place.rmdir()
+
+
+def _when_plugged(mount_it: Callable[[], None]) -> None:
+    """Mount what is on a device, waiting for that one while it raises NotFound. Raises KatapyError."""
+    with contextlib.suppress(NotFound):
+        mount_it()
+        return
     deadline = time.monotonic() + _PLUG_SECONDS
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_KOBJECT_UEVENT) as kernel:
         kernel.bind((0, 1))
         while True:
             try:
-                _mount_shared(tag)
+                mount_it()
                 return
-            except KatapyError as error:
+            except NotFound:
                 left = deadline - time.monotonic()
-                if not _is_missing(error) or left <= 0:
+                if left <= 0:
                     raise
             # Whatever the kernel has to say: among it is that the device has its driver.
             kernel.settimeout(left)
             with contextlib.suppress(TimeoutError):
                 kernel.recv(_UEVENT_MAX)
-
-
-def _mount_shared(tag: str) -> None:
-    # Not nosuid: every root and volume inherits this, and setuid programs are theirs to have.
-    mount("virtiofs", SHARED, linux.MOUNT_ATTR_NODEV, source=tag)
-
-
-def _is_missing(error: KatapyError) -> bool:
-    return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EINVAL
 
 
 def mount_memory(name: str, options: Mapping[str, str | None]) -> None:

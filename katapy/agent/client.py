@@ -118,12 +118,13 @@ class AgentClient:
         bundle: str,
         joined: tuple[str, Sequence[str]] = ("", ()),
         memory: Sequence[SharedMemory] = (),
+        root_disk: str = "",
     ) -> int:
         """Build a container; its init waits for ``start_container``. Returns its pid in the guest.
 
         ``bundle`` is a directory of the host, of which the container's hooks are told.
         ``joined`` is a container of the pod and the types of its namespaces that the new one shares; ``memory`` is
-        what it shares of the VM's.
+        what it shares of the VM's. ``root_disk`` is the serial number of the disk that is its root file system.
         """
         request = agent_pb2.CreateContainerRequest(
             container_id=container_id,
@@ -133,6 +134,7 @@ class AgentClient:
             joined_namespaces=joined[1],
             bundle=bundle,
             memory=[agent_pb2.SharedMemory(**each._asdict()) for each in memory],
+            root_disk=root_disk,
         )
         response: agent_pb2.CreateContainerResponse = await self._call("CreateContainer", request)
         return response.pid

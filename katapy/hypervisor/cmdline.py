@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from katapy.devices import Device, Disk, KernelVsock, Nic, SharedDir, UserVsock
+from katapy.devices import Device, Disk, KernelVsock, Nic, RootDisk, SharedDir, UserVsock
 from katapy.errors import InvalidArgument
 from katapy.hypervisor import VmConfig
 from katapy.hypervisor.accel import Acceleration, Kind
@@ -52,6 +52,7 @@ VCPUS_MAX: Final = 255  # more would need an IOMMU with interrupt remapping
 _MIB: Final = 1 << 20
 _VIRTIO_FS_QUEUE: Final = 1024
 _PORTS: Final = ("port0", "port1")
+_NODE: Final = "container-root"  # QEMU's name of what is on the disk; there is one at most
 NIC_PORTS: Final = tuple(f"nic{number}" for number in range(8))
 """What NICs are plugged into, one each."""
 # A guest then needs neither the legacy driver nor I/O ports.
@@ -76,10 +77,13 @@ class Descriptors:
     disks: tuple[int, ...] = ()
 
 
-def build_argv(config: VmConfig, fds: Descriptors, *, name: str, restored: bool = False) -> list[str]:
+def build_argv(
+    config: VmConfig, fds: Descriptors, *, name: str, restored: bool = False, private: bool = False
+) -> list[str]:
     """Return QEMU's arguments, its program first. ``name`` is the sandbox's id, shown by ps(1).
 
     With ``restored`` QEMU waits for the state of a VM that was saved, and the devices in ``pluggable`` are left out.
+    With ``private`` what the guest writes to its memory stays in QEMU, and never gets into ``fds.ram``.
     Raises InvalidArgument where a value cannot be carried to the guest as it is.
     """
     _check_size(config)
@@ -92,7 +96,11 @@ def build_argv(config: VmConfig, fds: Descriptors, *, name: str, restored: bool 
         *("-smp", str(config.vcpus)),
         *("-m", f"{config.memory_bytes}B"),
         *_object(
-            "memory-backend-file", "ram", size=config.memory_bytes, share=True, **{"mem-path": _by_number(fds.ram)}
+            "memory-backend-file",
+            "ram",
+            size=config.memory_bytes,
+            share=not private,
+            **{"mem-path": _by_number(fds.ram)},
         ),
         *_boot(config, fds),
         *_socket("console", fds.console),
@@ -200,21 +208,28 @@ def _disk(node: str, disk: Disk, fd: int) -> Iterator[str]:
     if not disk.read_only:
         raise InvalidArgument(f"cannot attach {str(disk.path)!r}: disks are read-only")
     serial = _bounded(disk.serial, _SERIAL_MAX, "disk serial")
-    yield from ("-add-fd", f"fd={fd},set={fd}")
-    file = {"driver": "file", "filename": f"/dev/fdset/{fd}"}
-    yield from ("-blockdev", _json({"driver": "raw", "node-name": node, "read-only": True, "file": file}))
+    yield from _image(node, fd, "file")
     yield from (
         "-device",
         _json({"driver": "virtio-blk-pci", "id": f"{node}-dev", **_MODERN, "drive": node, "serial": serial}),
     )
 
 
+def _image(node: str, fd: int, driver: str) -> Iterator[str]:
+    yield from ("-add-fd", f"fd={fd},set={fd}")
+    file = {"driver": driver, "filename": f"/dev/fdset/{fd}"}
+    yield from ("-blockdev", _json({"driver": "raw", "node-name": node, "read-only": True, "file": file}))
+
+
 def _backends(devices: tuple[Device, ...]) -> Iterator[str]:
-    """The sockets of devices that are processes of their own."""
+    """What devices that are plugged in need to be there before: sockets of processes, and open files."""
     for device in devices:
         match device:
             case SharedDir() | UserVsock():
                 yield from _socket(_chardev(device.socket_fd), device.socket_fd)
+            case RootDisk():
+                driver = "host_device" if device.is_block_device else "file"
+                yield from _image(_NODE, device.fd, driver)
 
 
 def _plugged(devices: tuple[Device, ...]) -> Iterator[str]:
@@ -245,6 +260,9 @@ def _plug(device: Device, port: str) -> dict[str, object]:
                 raise InvalidArgument(f"cannot give a guest the vsock address {device.cid}: {_CID_MIN} to {_CID_MAX}")
             own = {"guest-cid": device.cid, "vhostfd": str(device.vhost_fd)}
             return {"driver": "vhost-vsock-pci", "id": node, **_MODERN, **own}
+        case RootDisk():
+            serial = _bounded(device.serial, _SERIAL_MAX, "disk serial")
+            return {"driver": "virtio-blk-pci", "id": node, **_MODERN, "drive": _NODE, "serial": serial}
         case Nic():
             raise InvalidArgument(f"cannot plug in NIC {device.device} before the VM runs")
         case Disk():

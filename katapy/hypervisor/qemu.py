@@ -20,7 +20,7 @@ from typing import Final
 
 from katapy import run
 from katapy.console import Console
-from katapy.devices import Disk, KernelVsock, Nic, SharedDir, UserVsock
+from katapy.devices import Disk, KernelVsock, Nic, RootDisk, SharedDir, UserVsock
 from katapy.errors import InvalidArgument, KatapyError, NotFound, PermissionDenied, Timeout, Unavailable
 from katapy.hypervisor import VmConfig, qmp
 from katapy.hypervisor.accel import KVM_DEVICE, Acceleration, Kind
@@ -253,23 +253,26 @@ async def start_vm(
     name: str,
     console_path: Path,
     snapshot: Snapshot | None = None,
+    memory: int | None = None,
     started: Callable[[run.Process], None] = lambda _process: None,
 ) -> AsyncIterator[QemuVm]:
     """Start a VM and end it with the context; the guest boots already when this yields.
 
     ``name`` is the sandbox's id, ``console_path`` a file for the guest's console (at most 1 MiB) in its directory.
-    With ``snapshot`` it does not, but waits for ``restore``, with the memory that was saved. ``started`` is told of
-    QEMU's process as soon as there is one.
+    With ``snapshot`` it does not, but waits for ``restore``, with the memory that was saved: a copy of it, unless
+    ``memory`` is a descriptor of that, which QEMU then maps privately. No device may be a process of its own then.
+    ``started`` is told of QEMU's process as soon as there is one.
     With KVM the caller needs a mount namespace of its own; see ``kvm_node``.
     Raises NotFound, PermissionDenied or InvalidArgument for a file of ``config`` that cannot be used, Unavailable
     with QEMU's own words when it does not start.
     """
     async with AsyncExitStack() as stack:
         with phase("launch QEMU"):
-            vm, control = _launch(config, name, console_path, stack, restored=snapshot is not None)
+            vm, control = _launch(config, name, console_path, stack, restored=snapshot is not None, memory=memory)
         started(vm.process)
         stack.push_async_callback(vm.stop)
-        copying = asyncio.ensure_future(vm.copy_memory(snapshot) if snapshot else _nothing())
+        copied = snapshot if memory is None else None
+        copying = asyncio.ensure_future(vm.copy_memory(copied) if copied else _nothing())
         stack.push_async_callback(asyncio.wait, [copying])
         with phase("greet QEMU"):
             await vm.connect_qmp(control)
@@ -292,13 +295,13 @@ class _Channels:
 
 
 def _launch(
-    config: VmConfig, name: str, console_path: Path, stack: AsyncExitStack, *, restored: bool
+    config: VmConfig, name: str, console_path: Path, stack: AsyncExitStack, *, restored: bool, memory: int | None
 ) -> tuple[QemuVm, socket.socket]:
     """Return the VM whose QEMU was just started, and our end of its control socket."""
     ours, theirs = (_Channels(*ends) for ends in zip(*(socket.socketpair() for _ in range(4)), strict=True))
     for end in vars(ours).values():
         stack.callback(end.close)
-    ram = make_ram(config.memory_bytes)
+    ram = make_ram(config.memory_bytes) if memory is None else os.dup(memory)
     stack.callback(os.close, ram)
     with ExitStack() as inherited:
         for end in vars(theirs).values():
@@ -312,7 +315,7 @@ def _launch(
             initramfs=open_boot_file(config.initramfs, "initramfs", inherited) if config.initramfs else None,
             disks=tuple(_open(disk.path, "disk", inherited) for disk in config.devices if isinstance(disk, Disk)),
         )
-        argv = build_argv(config, fds, name=name, restored=restored)
+        argv = build_argv(config, fds, name=name, restored=restored, private=memory is not None)
         console = _open_console(ours.console, console_path)
         stack.callback(console.close)
         stderr = Console(ours.stderr)
@@ -339,6 +342,8 @@ def _inherited(fds: Descriptors, config: VmConfig) -> list[int]:
                 numbers.append(device.socket_fd)
             case KernelVsock():
                 numbers.append(device.vhost_fd)
+            case RootDisk():
+                numbers.append(device.fd)
     return numbers
 
 

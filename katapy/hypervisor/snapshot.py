@@ -29,11 +29,15 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """``ram`` holds the ``runs`` (offset and length in bytes) of the guest's memory, ``state`` that of the devices."""
+    """``ram`` holds the ``runs`` (offset and length in bytes) of the guest's memory, ``state`` that of the devices.
+
+    ``content`` is a hash of all three.
+    """
 
     ram: Path
     runs: tuple[Run, ...]
     state: Path
+    content: str = ""
 
 
 def make_ram(size: int) -> int:

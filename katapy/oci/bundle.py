@@ -58,7 +58,7 @@ def load_bundle(path: str) -> Bundle:
     for bind in spec.bind_mounts:
         if not os.path.exists(bind.source):
             raise NotFound(f"{printable(file)}: mounts[{bind.index}].source: no such path: {printable(bind.source)}")
-    if spec.root.read_only and (paths := _mounts_inside(rootfs)):
+    if spec.root.read_only and not spec.root_disk and (paths := _mounts_inside(rootfs)):
         # The guest puts an overlay over a read-only root, which shows nothing of what is mounted in it.
         if spec.linux.namespace("user"):
             problem = f"{printable(paths[0])} is a mount of its own, which is not supported in a user namespace"

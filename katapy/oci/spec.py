@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from katapy.errors import Internal, Unsupported
 from katapy.jsonfile import dump, parse, shown
+from katapy.oci.disk import ROOT_DISK, parse_root_disk
 from katapy.oci.hooks import Hooks, parse_hooks
 from katapy.oci.layer import LayerLimits, parse_layer
 from katapy.oci.linux import (
@@ -125,7 +126,10 @@ class Linux(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec:
-    """A whole config.json; ``bundle`` is the absolute directory that relative paths start from."""
+    """A whole config.json; ``bundle`` is the absolute directory that relative paths start from.
+
+    ``root_disk`` is the absolute path of the disk that is the root file system, empty where that is ``root.path``.
+    """
 
     bundle: str
     oci_version: str
@@ -138,6 +142,7 @@ class Spec:
     annotations: dict[str, str]
     pod_resources: PodResources
     layer: LayerLimits | None
+    root_disk: str
     linux: Linux
     _document: dict[str, Any] = field(repr=False)
 
@@ -248,10 +253,14 @@ def parse_spec(data: bytes, *, bundle: str, what: str = "config.json") -> Spec:
         annotations=annotations,
         pod_resources=parse_pod_resources(node.child("annotations"), annotations) if annotations else PodResources(),
         layer=parse_layer(node.child("annotations"), annotations),
+        root_disk=parse_root_disk(node.child("annotations"), annotations, bundle) if annotations else "",
         linux=_linux(node.child("linux")),
         _document=node.members(),
     )
     _check_joined(node.child("linux"), spec)
+    if spec.root_disk and (spec.layer is not None or spec.sandbox):
+        problem = "has no layer of bounded size" if spec.layer is not None else "is for the first container of a pod"
+        node.child("annotations").child(ROOT_DISK).fail(f"a root that is a disk {problem}", Unsupported)
     return spec
 
 

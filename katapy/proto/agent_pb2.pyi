@@ -193,7 +193,7 @@ class Stdio(_message.Message):
     def __init__(self, terminal: _Optional[bool] = ..., stdin: _Optional[str] = ..., stdout: _Optional[str] = ..., stderr: _Optional[str] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ...) -> None: ...
 
 class CreateContainerRequest(_message.Message):
-    __slots__ = ("container_id", "spec", "stdio", "joined_container_id", "joined_namespaces", "bundle", "memory")
+    __slots__ = ("container_id", "spec", "stdio", "joined_container_id", "joined_namespaces", "bundle", "memory", "root_disk")
     CONTAINER_ID_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STDIO_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +201,7 @@ class CreateContainerRequest(_message.Message):
     JOINED_NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
+    ROOT_DISK_FIELD_NUMBER: _ClassVar[int]
     container_id: str
     spec: bytes
     stdio: Stdio
@@ -208,7 +209,8 @@ class CreateContainerRequest(_message.Message):
     joined_namespaces: _containers.RepeatedScalarFieldContainer[str]
     bundle: str
     memory: _containers.RepeatedCompositeFieldContainer[SharedMemory]
-    def __init__(self, container_id: _Optional[str] = ..., spec: _Optional[bytes] = ..., stdio: _Optional[_Union[Stdio, _Mapping]] = ..., joined_container_id: _Optional[str] = ..., joined_namespaces: _Optional[_Iterable[str]] = ..., bundle: _Optional[str] = ..., memory: _Optional[_Iterable[_Union[SharedMemory, _Mapping]]] = ...) -> None: ...
+    root_disk: str
+    def __init__(self, container_id: _Optional[str] = ..., spec: _Optional[bytes] = ..., stdio: _Optional[_Union[Stdio, _Mapping]] = ..., joined_container_id: _Optional[str] = ..., joined_namespaces: _Optional[_Iterable[str]] = ..., bundle: _Optional[str] = ..., memory: _Optional[_Iterable[_Union[SharedMemory, _Mapping]]] = ..., root_disk: _Optional[str] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("name", "size_bytes", "mode", "uid", "gid")

@@ -27,7 +27,13 @@ async def create_in_guest(
     types = [kind for kind in bundle.spec.joined_namespaces if kind != "network"]
     joined = (sandbox_id, types) if types else ("", types)
     process.guest_pid = await machine.agent.create_container(
-        container.id, shared.spec, stdio, bundle=bundle.path, joined=joined, memory=shared.memory
+        container.id,
+        shared.spec,
+        stdio,
+        bundle=bundle.path,
+        joined=joined,
+        memory=shared.memory,
+        root_disk=shared.root_disk,
     )
 
 

@@ -26,6 +26,9 @@ _DEFAULT_PERIOD: Final = 100_000  # microseconds, the kernel's
 _OVERHEAD_CPU: Final = 0.25
 # Threads of QEMU and its helpers: far above what they start, far below what could harm the host.
 _THREADS: Final = 1024
+# The template's memory, which is the first pod's that maps it privately and not written to; it grows with the VM's.
+_TEMPLATE: Final = 64 << 20
+_TEMPLATE_SHIFT: Final = 5
 # For what has been killed already, in seconds. Engines wait for five for a shim to end.
 _PATIENCE: Final = 2.0
 
@@ -39,7 +42,9 @@ def boot_limits(spec: Spec, *, vcpus: int, memory_bytes: int, emulated: bool, la
     resources = spec.linux.resources
     # What is in a writable layer is memory of the host's.
     layer = 0 if spec.layer is None else spec.layer.size_bytes
-    limits = HostLimits(memory_bytes=pod_memory(memory_bytes, emulated=emulated) + layer, pids=_THREADS + vcpus)
+    template = _TEMPLATE + (memory_bytes >> _TEMPLATE_SHIFT) if spec.root_disk else 0
+    memory = pod_memory(memory_bytes, emulated=emulated) + layer + template
+    limits = HostLimits(memory_bytes=memory, pids=_THREADS + vcpus)
     if resources is not None and resources.cpu is not None:
         limits = replace(limits, cpuset_cpus=resources.cpu.cpus, cpuset_mems=resources.cpu.mems)
     return _possible(_with_block_io(limits, resources), layout)

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from katapy import run
 from katapy.assets import guest
 from katapy.config import Config
-from katapy.devices import Disk, Nic
+from katapy.devices import Device, Disk, KernelVsock, Nic, RootDisk
 from katapy.errors import KatapyError, Unavailable
 from katapy.hypervisor import GuestConsole, Vm, VmConfig
 from katapy.hypervisor.accel import Acceleration, probe, require
+from katapy.hypervisor.held_memory import hold_memory
 from katapy.hypervisor.qemu import QEMU, start_vm
 from katapy.hypervisor.snapshot import Snapshot
 from katapy.sandbox import templates
@@ -47,12 +48,12 @@ _CONNECT_SECONDS: Final = 60.0
 
 @dataclass(frozen=True)
 class MachineParts:
-    """What a running machine consists of."""
+    """What a running machine consists of. Where its root is a disk it has no ``tree``: nothing is shared with it."""
 
     acceleration: Acceleration
     vm: Vm
     vsock: Vsock
-    tree: SharedTree
+    tree: SharedTree | None
     agent: AgentClient
     size: Size
 
@@ -170,12 +171,14 @@ async def start_machine(
     size: Size,
     record: Callable[[list[run.Process]], None],
     nics: asyncio.Task[Sequence[Nic]],
+    disk: RootDisk | None = None,
 ) -> AsyncIterator[Machine]:
     """Start a VM for the sandbox ``name`` whose private directory is ``directory``, and connect to its agent.
 
     It is restored from the template of its shape, or booted where the configuration says so or that fails.
     ``record`` is told of the processes each time that one more runs; ``nics`` is waited for when there is nothing
-    else to do without them, and their descriptors stay the caller's.
+    else to do without them, and their descriptors stay the caller's. With ``disk`` the machine has that one instead of
+    a directory that is shared with it.
     Raises KatapyError; nothing is left behind then.
     """
     async with AsyncExitStack() as stack:
@@ -186,7 +189,7 @@ async def start_machine(
         if snapshot is not None:
             machine = Machine(name, record)
             try:
-                await stack.enter_async_context(_start(machine, directory, config, base, nics, snapshot))
+                await stack.enter_async_context(_start(machine, directory, config, base, nics, disk, snapshot))
             except KatapyError as error:
                 if nics.done() and not nics.cancelled() and nics.exception() is not None:
                     raise
@@ -197,7 +200,7 @@ async def start_machine(
                 machine = None
         if machine is None:
             machine = Machine(name, record)
-            await stack.enter_async_context(_start(machine, directory, config, base, nics, None))
+            await stack.enter_async_context(_start(machine, directory, config, base, nics, disk, None))
         yield machine
 
 
@@ -230,11 +233,12 @@ async def _start(
     config: Config,
     base: VmConfig,
     nics: asyncio.Task[Sequence[Nic]],
+    disk: RootDisk | None,
     snapshot: Snapshot | None,
 ) -> AsyncIterator[Machine]:
     async with AsyncExitStack() as stack:
         try:
-            await _bring_up(machine, stack, directory, config, base, nics, snapshot)
+            await _bring_up(machine, stack, directory, config, base, nics, disk, snapshot)
         except KatapyError:
             # Before all others are ended.
             machine.killed = any((process.poll() or 0) < 0 for process in machine.processes)
@@ -251,24 +255,32 @@ async def _bring_up(
     config: Config,
     base: VmConfig,
     nics: asyncio.Task[Sequence[Nic]],
+    disk: RootDisk | None,
     snapshot: Snapshot | None,
 ) -> None:
     name, timeout = machine.name, config.runtime.boot_timeout
     # gRPC takes long to import, and nothing needs it before the guest is up.
     imported = asyncio.ensure_future(asyncio.to_thread(importlib.import_module, "katapy.agent.client"))
     stack.push_async_callback(_settled, imported)
-    tree = SharedTree(directory)
-    stack.callback(tree.close)
     # It takes longest to start, and is waited for when it is plugged in.
     vsock = await stack.enter_async_context(start_vsock(find_kind(config.hypervisor.vsock)))
     if vsock.process is not None:
         machine._watch(vsock.process, stack, vsock.output)
-    program = find_virtiofsd(config.storage.virtiofsd_paths)
-    daemon = await stack.enter_async_context(start_virtiofsd(program, tree.export, directory, TAG))
-    machine._watch(daemon.process, stack, daemon.output)
-    vm_config = replace(base, devices=(*base.devices, vsock.device, daemon.device))
+    tree, files = (None, disk) if disk is not None else await _share_files(machine, stack, directory, config)
+    vm_config = replace(base, devices=(*base.devices, vsock.device, files))
+    memory: int | None = None
+    if snapshot is not None and disk is not None and isinstance(vsock.device, KernelVsock):
+        # Nobody but QEMU needs the guest's memory.
+        with phase("hold the template's memory"):
+            context = hold_memory(snapshot, base.memory_bytes, directory)
+            holding = asyncio.ensure_future(asyncio.to_thread(stack.enter_context, context))
+            # A thread cannot be interrupted: what it enters is left after it.
+            stack.push_async_callback(_settled, holding)
+            memory = await asyncio.shield(holding)
     console = directory / "console.log"
-    starting = start_vm(vm_config, name=name, console_path=console, snapshot=snapshot, started=machine._own)
+    starting = start_vm(
+        vm_config, name=name, console_path=console, snapshot=snapshot, memory=memory, started=machine._own
+    )
     vm = await machine.guarded(stack.enter_async_context(starting))
     machine._watch(vm.process, stack, vm.console)
     if snapshot is not None:
@@ -292,3 +304,15 @@ async def _bring_up(
     agent = await stack.enter_async_context(client.connect(address, deadline=timeout))
     size = Size(base.vcpus, base.memory_bytes)
     machine._parts = MachineParts(base.acceleration, vm, vsock, tree, agent, size)
+
+
+async def _share_files(
+    machine: Machine, stack: AsyncExitStack, directory: Path, config: Config
+) -> tuple[SharedTree, Device]:
+    """Make the tree of what the guest is shown of the host's files, and start what serves it."""
+    tree = SharedTree(directory)
+    stack.callback(tree.close)
+    program = find_virtiofsd(config.storage.virtiofsd_paths)
+    daemon = await stack.enter_async_context(start_virtiofsd(program, tree.export, directory, TAG))
+    machine._watch(daemon.process, stack, daemon.output)
+    return tree, daemon.device

@@ -33,11 +33,12 @@ from katapy.sandbox.machine import Machine, start_machine
 from katapy.sandbox.network import SandboxNetwork
 from katapy.sandbox.process import Exit, GuestProcess, StdioRequest
 from katapy.sandbox.record import Record
-from katapy.sandbox.share import share
+from katapy.sandbox.share import check_shareable, share
 from katapy.sandbox.signals import Signals
 from katapy.sandbox.sizing import Size, check_fits, vm_size
 from katapy.state import Status
 from katapy.storage.layer import DIRECTORY, WritableLayer
+from katapy.storage.root_disk import open_root_disk
 from katapy.storage.shared_dir import TAG
 from katapy.timing import phase
 
@@ -71,6 +72,7 @@ class Sandbox:
         self._containers: dict[str, Container] = {}
         self._layering = threading.Lock()
         self._layers: dict[str, WritableLayer] = {}  # by the root file system below
+        self._root_disk = ""  # its path, where one is the root of the first container
         self._signals = Signals(sandbox_id, self._containers)
         self._stack = AsyncExitStack()
         self._machine: Machine | None = None
@@ -114,6 +116,9 @@ class Sandbox:
             raise Unavailable(f"cannot create {container_id}: the pod {self.id} is ending")
         if container_id in self._containers:
             raise AlreadyExists(f"container with id exists: {container_id}")
+        if container_id == self.id:
+            self._root_disk = bundle.spec.root_disk
+        check_shareable(bundle.spec, container_id, pod_root_disk=self._root_disk)
         process = GuestProcess(container_id, "", stdio, status=Status.CREATING)
         if container_id == self.id:
             record = self._record
@@ -439,15 +444,18 @@ class Sandbox:
         self._stack.push_async_callback(network.close)
         nics = asyncio.create_task(network.connect(asyncio.shield(hooks)), name="connect the network")
         try:
-            starting = start_machine(self.id, self.directory, self._config, size, container.record.helpers, nics)
+            path = container.bundle.spec.root_disk
+            disk = self._stack.enter_context(open_root_disk(path)) if path else None
+            starting = start_machine(self.id, self.directory, self._config, size, container.record.helpers, nics, disk)
             machine = await self._stack.enter_async_context(starting)
         finally:
             await _ended(nics)
         network.plugged()
         hostname = container.bundle.spec.hostname or os.uname().nodename
+        tag = TAG if machine.parts.tree is not None else ""
         with phase("make the VM the pod's own"):
             await machine.guarded(
-                machine.agent.create_sandbox(self.id, hostname=hostname, shared_tag=TAG, network=network.network)
+                machine.agent.create_sandbox(self.id, hostname=hostname, shared_tag=tag, network=network.network)
             )
         await network.resolve(machine)
         network.forward(machine)
@@ -516,8 +524,8 @@ class Sandbox:
             with suppress(KatapyError), phase("remove the container from the guest"):
                 await machine.guarded(machine.agent.remove_container(container_id, deadline=_REMOVE_DEADLINE))
         try:
-            if machine is not None and machine.failed_with() is None:
-                await asyncio.to_thread(machine.parts.tree.remove, container_id, container.binds)
+            if machine is not None and machine.failed_with() is None and (tree := machine.parts.tree) is not None:
+                await asyncio.to_thread(tree.remove, container_id, container.binds)
         finally:
             self._containers.pop(container_id, None)
             await self._host.run_poststop_hooks(container)

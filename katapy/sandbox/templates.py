@@ -50,7 +50,8 @@ async def find_snapshot(vm_config: VmConfig, config: Config) -> Snapshot | None:
     """
     try:
         template = await find_or_make(vm_config, config)
-        return Snapshot(template.directory / templates.RAM, template.runs(), template.directory / templates.STATE)
+        ram, state = template.directory / templates.RAM, template.directory / templates.STATE
+        return Snapshot(ram, template.runs(), state, template.content)
     except (KatapyError, OSError) as error:
         log.warning("no template can be had, booting: %s", error)
         return None

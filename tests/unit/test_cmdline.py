@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from katapy.devices import Device, Disk, KernelVsock, SharedDir, UserVsock
+from katapy.devices import Device, Disk, KernelVsock, RootDisk, SharedDir, UserVsock
 from katapy.errors import InvalidArgument
 from katapy.hypervisor import VmConfig
 from katapy.hypervisor.accel import Acceleration, Kind
@@ -212,3 +212,28 @@ def test_no_kernel_parameter_adds_another(text: str) -> None:
     except InvalidArgument:
         return
     assert line.split() == [*kernel_command_line(()).split(), text]
+
+
+@pytest.mark.parametrize(("is_block_device", "driver"), [(False, "file"), (True, "host_device")])
+def test_a_root_disk_is_open_from_the_start_and_plugged_in(is_block_device: bool, driver: str) -> None:
+    config = replace(BASE, devices=(DISK, UserVsock(20), RootDisk(30, "container-root", is_block_device)))
+    own = {"driver": "virtio-blk-pci", "id": "port1-dev", "disable-legacy": "on"}
+    assert pluggable(config.devices)[1] == {
+        **own,
+        "drive": "container-root",
+        "serial": "container-root",
+        "bus": "port1",
+    }
+    argv = build_argv(config, FDS, name="web", restored=True)
+    assert "fd=30,set=30" in argv
+    node = json.loads(argv[argv.index("fd=30,set=30") + 2])
+    assert node["file"] == {"driver": driver, "filename": "/dev/fdset/30"}
+    assert node["read-only"] is True
+    assert not any("port1-dev" in each for each in argv)
+    assert any("port1-dev" in each for each in build_argv(config, FDS, name="web"))
+
+
+def test_private_memory_differs_in_nothing_else() -> None:
+    """What is restored with it was saved with memory that is shared."""
+    shared, private = (build_argv(BASE, FDS, name="web", restored=True, private=each) for each in (False, True))
+    assert [each.replace('"share":true', '"share":false') for each in shared] == private != shared
