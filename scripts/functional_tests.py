@@ -1,7 +1,7 @@
 """Runs the tests on virtual machines in two lanes at once, as neither keeps two cores busy.
 
-functional_tests.py [ARGUMENT OF PYTEST...]. In one are the tests of engines and networks; in the other those of the
-runtime itself, with VMs that are restored from templates and then with VMs that are booted, and of sandboxes. Each run
+functional_tests.py [ARGUMENT OF PYTEST...]. In one are the tests of engines and networks, and of sandboxes; in the
+other those of the runtime itself, with VMs that are restored from templates and then with VMs that are booted. Each run
 sees its own mounts alone; what the second lane prints comes last. The exit status is 0 where all pass. What each test
 did is in build/results.
 """
@@ -34,11 +34,10 @@ def main() -> int:
     arguments = sys.argv[1:] or ["-m", "not soak"]
     engines, sandboxes = _find(ENGINES), _find(SANDBOXES)
     others = sorted({*_find(("test_*.py",))} - {*engines, *sandboxes})
-    first = {"engines": [*PYTEST, *engines, *arguments]}
+    first = {"engines": [*PYTEST, *engines, *arguments], "sandboxes": [*PYTEST, *sandboxes, *arguments]}
     second = {
         "runtime": [*PYTEST, *others, *arguments],
         "cold": [*PYTEST, *others, *arguments, "--starts", "cold"],
-        "sandboxes": [*PYTEST, *sandboxes, *arguments],
     }
     running: list[subprocess.Popen[bytes]] = []
     interrupted = threading.Event()
@@ -69,7 +68,7 @@ def main() -> int:
         lane.start()
         run(first, None)
         lane.join()
-    print("the runtime itself, then with --starts cold, and sandboxes:", flush=True)
+    print("the runtime itself, then with --starts cold:", flush=True)
     with LOG.open("rb") as printed:
         shutil.copyfileobj(printed, sys.stdout.buffer)
     return int(interrupted.is_set() or failed.is_set())
