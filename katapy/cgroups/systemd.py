@@ -149,7 +149,7 @@ def _manager(what: str, timeout: float) -> Iterator[_Manager]:
     deadline = time.monotonic() + timeout
     try:
         address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS", _SYSTEM_BUS)
-        with open_dbus_connection(address) as connection:
+        with open_dbus_connection(address, auth_timeout=timeout) as connection:
             yield _Manager(connection, deadline)
     except KatapyError:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -156,6 +157,19 @@ def test_a_job_may_end_before_its_number_is_known(
 def test_a_job_that_fails(fake: FakeSystemd, path: CgroupPath) -> None:
     with pytest.raises(Unavailable, match=rf"^cannot start {path.unit}: systemd's job ended as 'failed'$"):
         systemd.start_scope(path.unit, path.slice, os.getpid(), HostLimits(), version=1)
+
+
+def test_a_bus_that_greets_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an emulated host it takes more than a second; jeepney gave it one, whatever was asked for."""
+    address = tmp_path / "bus"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(address))
+        listening.listen()
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={address}")
+        began = time.monotonic()
+        with pytest.raises(Timeout, match=r"systemd has not answered within 1\.5 s$"):
+            systemd.stop_unit("c1.scope", timeout=1.5)
+        assert time.monotonic() - began >= 1.5
 
 
 @pytest.mark.parametrize("path", ["stuck"], indirect=True)
