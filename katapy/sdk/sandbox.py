@@ -148,11 +148,15 @@ class Sandbox:
     @property
     def shape(self) -> str:
         """What two sandboxes must have in common so that the VM of one can be the other's."""
+        from katapy.config import ENVIRONMENT_VARIABLE
+
         base = self._base
         if base is None:
             raise InvalidState("the sandbox is not started")
         limits = base.limits
-        config = None if self._config is None else str(self._config)
+        # `katapy sandbox --serve` names the file that the environment does.
+        named = self._config or os.environ.get(ENVIRONMENT_VARIABLE)
+        config = str(Path(named).absolute()) if named else None
         parts = (base.rootfs, limits.memory, limits.cpus, limits.disk, limits.inodes, base.network, config)
         return json.dumps(parts)
 
