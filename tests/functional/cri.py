@@ -97,8 +97,7 @@ def connect(daemon: Containerd, messages: Any) -> Iterator[Cri]:
     known = descendants()
     with start_client(daemon, messages) as client:
         yield client
-    # Of a pod whose shim was killed it goes when containerd sees to that, which nobody is told of.
-    await_true(lambda: not list(daemon.root.iterdir()))
+    assert list(daemon.root.iterdir()) == [], "state left behind"
     await_true(lambda: not [name for pid, name in descendants().items() if pid not in known and "shim" in name])
 
 
