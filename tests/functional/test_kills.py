@@ -85,7 +85,7 @@ def test_long_lived_processes_keep_no_descriptors(katapy: Katapy, bundle: MakeBu
     script = "ls /proc/$PPID/fd 2>/dev/null | wc -l; ls /proc/self/fd | wc -l"
     first = katapy("exec", "c1", "sh", "-c", script, check=True).stdout
     before = descriptors()
-    for number in range(4):
+    for number in range(12):
         assert katapy("exec", "c1", "sh", "-c", f"exit {number}", stdin=b"x").returncode == number
         katapy.detach("exec", "--detach", "c1", "true")
     deadline = time.monotonic() + DEADLINE
