@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from katapy.devices import RootDisk
-from katapy.errors import InvalidArgument, NotFound, PermissionDenied, Unsupported
+from katapy.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable, Unsupported
 from katapy.jsonfile import printable
 
 SERIAL: Final = "container-root"
@@ -33,7 +33,8 @@ _OTHERS: Final = {
 def open_root_disk(path: str) -> Iterator[RootDisk]:
     """Open the image or block device ``path``, which is not followed where it is a symbolic link.
 
-    Raises NotFound, PermissionDenied, InvalidArgument, and Unsupported for what is no erofs.
+    Raises NotFound, PermissionDenied, InvalidArgument, Unavailable where it cannot be read, and Unsupported for what is
+    no erofs.
     """
     what = f"root disk {printable(path)}"
     try:
@@ -49,7 +50,10 @@ def open_root_disk(path: str) -> Iterator[RootDisk]:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise InvalidArgument(f"cannot use {what}: neither a regular file nor a block device")
-        _check_type(fd, what)
+        try:
+            _check_type(fd, what)
+        except OSError as error:
+            raise Unavailable(f"cannot read {what}: {(error.strerror or str(error)).lower()}") from error
         yield RootDisk(fd, SERIAL, is_block_device=stat.S_ISBLK(mode))
     finally:
         os.close(fd)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from katapy.cgroups.layout import Hierarchy, Layout
-from katapy.errors import InvalidArgument, KatapyError, NotFound, Unsupported
+from katapy.errors import InvalidArgument, KatapyError, NotFound, Unavailable, Unsupported
 from katapy.oci.default import default_spec
 from katapy.oci.disk import ROOT_DISK
 from katapy.oci.layer import INODES, SIZE
@@ -110,6 +110,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         ("link", InvalidArgument, "it is a symbolic link"),
         ("fifo", InvalidArgument, "neither a regular file nor a block device"),
         (".", InvalidArgument, "neither a regular file nor a block device"),
+        # A regular file, of which nothing is mapped at 0: as a device whose medium is bad.
+        ("/proc/self/mem", Unavailable, "cannot read root disk /proc/self/mem: input/output error"),
     ]
     for name, kind, problem in cases:
         with pytest.raises(kind, match=problem), open_root_disk(str(tmp_path / name)):
