@@ -203,9 +203,12 @@ def test_scratch_is_gone_with_its_context(root: str) -> None:
 def test_scratch_of_a_killed_process_goes_in_the_end(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     maker = os.fork()
     if maker == 0:
-        with scratch(root) as directory:
-            (Path(directory) / "config.json").write_text("{}")
-            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            with scratch(root) as directory:
+                (Path(directory) / "config.json").write_text("{}")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
     assert os.waitpid(maker, 0)[1] == signal.SIGKILL
     assert len(os.listdir(root)) == 1
     monkeypatch.setattr("katapy.state._UNFINISHED_SECONDS", -1.0)
