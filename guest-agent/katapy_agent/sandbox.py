@@ -192,8 +192,7 @@ class Sandbox:
         if container.state is State.CREATING:
             raise InvalidState(f"container {container_id} is creating")
         await container.remove()
-        await asyncio.to_thread(storage.release_shared, container_id)
-        await asyncio.to_thread(storage.release_root, container_id)
+        await asyncio.to_thread(storage.release, container_id)
         self._containers.pop(container_id, None)
 
     def _check_created(self) -> None:

@@ -125,6 +125,8 @@ def _mount_writable(place: Path, disk: Path) -> None:
 def release_root(container_id: str) -> None:
     """Unmount a container's disk, where it has one, and forget what was written over it."""
     place = ROOTS / container_id
+    if not place.exists():
+        return
     for name in ("root", "written", "disk"):
         # Not mounted, or never made: nothing to do.
         with contextlib.suppress(OSError):
@@ -162,6 +164,12 @@ def mount_memory(name: str, options: Mapping[str, str | None]) -> None:
     target = MEMORY / name
     if not os.path.ismount(target):
         mount("tmpfs", target, _LOCKED, source="shm", options=options)
+
+
+def release(container_id: str) -> None:
+    """Let go of all that was mounted for a container that is gone."""
+    release_shared(container_id)
+    release_root(container_id)
 
 
 def release_shared(container_id: str) -> None:

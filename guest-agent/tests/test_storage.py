@@ -1,0 +1,40 @@
+"""The guest's own mounts: which disk is a container's root."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from katapy_agent import storage
+from katapy_agent.errors import NotFound
+
+
+@pytest.fixture
+def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What stands for /sys/block. Of those in it, null and zero have nodes in /dev."""
+    for name in ("null", "zero", "none"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(storage, "_BLOCK_DEVICES", tmp_path)
+    return tmp_path
+
+
+def test_a_disk_is_found_by_its_serial_number(devices: Path) -> None:
+    """The image's disk has another one, and a device of another driver none."""
+    (devices / "null/serial").write_text("root\n")
+    (devices / "zero/serial").write_text("container-root\n")
+    assert storage._find_disk("container-root") == Path("/dev/zero")
+
+
+def test_a_disk_without_a_node_is_not_there_yet(devices: Path) -> None:
+    (devices / "none/serial").write_text("container-root\n")
+    with pytest.raises(NotFound, match="there is no disk 'container-root'"):
+        storage._find_disk("container-root")
+
+
+def test_what_has_no_disk_has_nothing_to_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "ROOTS", tmp_path)
+    storage.release_root("c1")
+    # What a mount that failed has left.
+    (tmp_path / "c2/written").mkdir(parents=True)
+    storage.release_root("c2")
+    assert not list(tmp_path.iterdir())
