@@ -18,6 +18,7 @@ import pytest
 from katapy.errors import Unavailable
 from katapy.hypervisor.held_memory import RECORD, hold_memory
 from katapy.hypervisor.snapshot import Snapshot
+from katapy.state import ProcessRef
 
 PAGE = 4096
 SIZE = 64 * PAGE
@@ -144,6 +145,19 @@ def test_what_is_not_the_same_is_not_taken(
     with hold_memory(snapshot, size, root / "b") as fd:
         assert _inode(fd) != held
         assert os.fstat(fd).st_size == size
+
+
+def test_what_can_still_be_written_is_not_taken(snapshot: Snapshot, root: Path) -> None:
+    """It has the right name and size; whoever fills it may not be done, or may change it later."""
+    fd = os.memfd_create(f"katapy-{CONTENT}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, SIZE)
+        own = ProcessRef.of("shim", os.getpid())
+        (root / "a" / RECORD).write_text(json.dumps({"pid": own.pid, "start_time": own.start_time, "fd": fd}))
+        with hold_memory(snapshot, SIZE, root / "b") as taken:
+            assert _inode(taken) != _inode(fd)
+    finally:
+        os.close(fd)
 
 
 def test_half_of_it_is_never_recorded(snapshot: Snapshot, root: Path) -> None:
