@@ -198,8 +198,15 @@ def serving(katapy: Katapy, *options: str) -> Iterator[subprocess.Popen[bytes]]:
             process.wait(DEADLINE)
 
 
-def test_a_pool(katapy: Katapy) -> None:
-    """A sandbox of it is used once, by one that is like it; another takes its place."""
+def test_a_pool(katapy: Katapy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sandbox of it is used once, by one that is like it; another takes its place.
+
+    The environment names the configuration, which the command line and a caller of the SDK do not say alike.
+    """
+    if "KATAPY_CONFIG" not in os.environ:
+        config = tmp_path / "katapy.toml"
+        config.touch(0o600)
+        monkeypatch.setenv("KATAPY_CONFIG", str(config))
     with serving(katapy, "--memory", "128M") as process:
         waiting = {path.name for path in katapy.root.glob("sandbox-*")}
         with Sandbox(state_dir=katapy.root, memory="128M", env={"WORD": "mine"}) as first:
