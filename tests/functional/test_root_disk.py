@@ -15,7 +15,7 @@ from katapy.oci.disk import ROOT_DISK
 
 @pytest.fixture(scope="module")
 def image(busybox: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An erofs of busybox's root, with a setuid program's mode and an owner to be seen."""
+    """An erofs of busybox's root."""
     path = tmp_path_factory.mktemp("disk") / "root.erofs"
     subprocess.run(["mkfs.erofs", "--quiet", path, busybox], check=True, capture_output=True)
     return path
