@@ -43,6 +43,8 @@ def _set_up() -> dict[str, Any]:
     # The virtual environment names its place.
     project = Path(job["project"])
     project.mkdir(parents=True, exist_ok=True)
+    # containerd's snapshots have overlays, which cannot be on the overlay that the root is.
+    _mount("-t", "tmpfs", "tmp", "/tmp")
     _mount("-t", "tmpfs", "changes", "/mnt")
     for name in ("upper", "work"):
         Path("/mnt", name).mkdir()
