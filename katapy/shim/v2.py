@@ -23,7 +23,7 @@ from katapy import preload
 from katapy.errors import AlreadyExists, InvalidArgument, KatapyError, NotFound, Unavailable
 from katapy.oci.pod import sandbox_of
 from katapy.shim.engine import Engine, socket_link, state_root
-from katapy.state import ProcessRef, State, StateDir, Status, check_id, now
+from katapy.state import ProcessRef, State, StateDir, Status, check_id, list_states, now
 
 _TEXTS: Final = ("namespace", "address", "publish-binary", "id", "bundle", "socket")
 _SWITCHES: Final = ("debug", "v", "info")
@@ -124,6 +124,7 @@ def start(call: Call) -> str:
         _begin(call.bundle)
         undo.callback(preload.drop)
         _clear_state(root, call.id)
+        _clear_forgotten(root)
         StateDir.create(str(root), state).close()
         undo.callback(_remove_state, root, call.id)
         # Last is what cannot be undone at once.
@@ -203,6 +204,21 @@ def _clear_state(root: Path, container_id: str) -> None:
     if left.shim is not None and left.shim.alive():
         raise AlreadyExists(f"container with id exists: {container_id}")
     _remove_state(root, container_id)
+
+
+def _clear_forgotten(root: Path) -> None:
+    """Remove what is left of containers that their engine has forgotten: shim and bundle have gone.
+
+    So it is where a shim was killed before its engine had connected to it: then there is no `delete`.
+    """
+    for state in list_states(str(root))[0]:
+        if state.shim is None or state.shim.alive() or os.path.lexists(state.bundle):
+            continue
+        from katapy.client import leftovers
+
+        with suppress(KatapyError):
+            leftovers.finish(root, state.id, own_network=False, patience=_PATIENCE)
+            socket_link(root, state.id).unlink(missing_ok=True)
 
 
 def _remove_state(root: Path, container_id: str) -> None:

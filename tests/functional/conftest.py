@@ -242,7 +242,7 @@ def containerd(ctr_daemon: Containerd, host: None) -> Iterator[Containerd]:
     assert not left, "containers left behind"
     assert list(ctr_daemon.root.iterdir()) == [], "state left behind"
     assert sockets(ctr_daemon) == [], "sockets left behind"
-    assert list((ctr_daemon.directory / "state/io.containerd.runtime.v2.task" / ctr_daemon.namespace).iterdir()) == []
+    assert list(ctr_daemon.bundles.iterdir()) == []
 
 
 @pytest.fixture(scope="module")

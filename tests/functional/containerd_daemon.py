@@ -66,6 +66,11 @@ class Containerd:
         return self.directory / "katapy" / self.namespace
 
     @property
+    def bundles(self) -> Path:
+        """The bundles of containers, each by its id, that containerd has shims for."""
+        return self.directory / "state/io.containerd.runtime.v2.task" / self.namespace
+
+    @property
     def log(self) -> str:
         """What the daemon has logged."""
         return (self.directory / "containerd.log").read_text(errors="replace")

@@ -185,7 +185,7 @@ def test_snapshots(containerd: Containerd, snapshotter: str) -> None:
     options = ("--snapshotter", snapshotter)
     with running(containerd, "c1", options=options):
         execute(containerd, "c1", "sh", "-c", "echo written > /file; rm /etc/group")
-        bundle = containerd.directory / "state/io.containerd.runtime.v2.task" / containerd.namespace / "c1"
+        bundle = containerd.bundles / "c1"
         assert list((bundle / "rootfs").iterdir()) == []
         written = list((containerd.directory / "root").glob(f"io.containerd.snapshotter.v1.{snapshotter}/**/file"))
         assert [path.read_text() for path in written] == ["written\n"]

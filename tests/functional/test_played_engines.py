@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -20,7 +21,7 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
-from harness import await_true, make_bundle
+from harness import await_true, descendants, make_bundle
 from player import (
     ADDRESS,
     FAILED_PRECONDITION,
@@ -377,10 +378,8 @@ class Containerd:
         said += field(5, address + b".ttrpc") + field(6, address) + field(7, self.program.publisher.encode())
         return said + field(8, field(1, self.options.SerializeToString()))
 
-    def create(
-        self, container: str, rootfs: Path, *args: str, service: str, streams: Streams | None = None, **config: Any
-    ) -> tuple[Task, Path]:
-        """Make a bundle, start the shim or find the pod's, and create a container whose root is to be mounted."""
+    def begin(self, container: str, *args: str, **config: Any) -> tuple[Path, str]:
+        """Make a bundle whose root is to be mounted, and start the shim or find the pod's; return its address, too."""
         bundle = self.directory / "io.containerd.runtime.v2.task" / self.namespace / container
         bundle.parent.mkdir(parents=True, exist_ok=True)
 
@@ -395,6 +394,13 @@ class Containerd:
         (bundle / "rootfs").mkdir(mode=0o711)
         address = self.program.start(container, bundle, self.parameters(container))
         assert (bundle / "address").read_text() == address
+        return bundle, address
+
+    def create(
+        self, container: str, rootfs: Path, *args: str, service: str, streams: Streams | None = None, **config: Any
+    ) -> tuple[Task, Path]:
+        """Make a bundle, start the shim or find the pod's, and create a container."""
+        bundle, address = self.begin(container, *args, **config)
         layers = {name: self.directory / container / name for name in ("upper", "work")}
         for path in layers.values():
             path.mkdir(parents=True)
@@ -587,6 +593,28 @@ def test_killed_in_a_create(containerd: Containerd, busybox: Path) -> None:
             creating.result()
     assert task.connection.wait_closed()
     assert containerd.clean_up("c1", bundle).exit_status == 137
+
+
+def test_killed_before_the_engine_has_connected(containerd: Containerd) -> None:
+    """containerd then removes the bundle and asks for no `delete`: what was there stayed until the host was restarted.
+
+    The next start removes it, and nothing of containers whose bundle is there, or whose shim.
+    """
+    namespaces = [{"type": "pid"}]
+    bundles = {name: containerd.begin(name, *SLEEP, namespaces=namespaces)[0] for name in ("c1", "c2", "c3")}
+    for name in ("c1", "c2"):
+        state = json.loads((containerd.root / name / "state.json").read_text())
+        assert state["shim"]["name"] == "shim"
+        os.kill(state["shim"]["pid"], signal.SIGKILL)
+        await_true(lambda pid=state["shim"]["pid"]: pid not in descendants())  # type: ignore[misc]
+    shutil.rmtree(bundles["c1"])
+    shutil.rmtree(bundles["c3"])
+    bundles["c4"], _ = containerd.begin("c4", *SLEEP, namespaces=namespaces)
+    assert {path.name for path in containerd.root.iterdir()} == {"c2", "c3", "c4"}
+    links = {name: socket_link(containerd.root, name).is_symlink() for name in ("c1", "c2", "c3", "c4")}
+    assert links == {"c1": False, "c2": True, "c3": True, "c4": True}
+    for name in ("c2", "c3", "c4"):
+        containerd.clean_up(name, containerd.directory)
 
 
 def test_a_pod_that_ends_while_a_create_fails(containerd: Containerd, busybox: Path) -> None:
