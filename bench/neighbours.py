@@ -60,6 +60,8 @@ def _attack(bench: Bench, code: str) -> Iterator[None]:
                     raise BenchError(f"an attack has ended: {b''.join(said).decode(errors='replace')}")
                 said.append(line)
             yield
+            if process.poll() is not None:
+                raise BenchError(f"an attack has ended, with status {process.returncode}")
         finally:
             process.terminate()
             await_end(process)
