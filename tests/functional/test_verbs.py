@@ -324,7 +324,8 @@ def test_a_pod_of_two(katapy: Katapy, bundle: MakeBundle) -> None:
 
     def namespaces(name: str) -> dict[str, str]:
         kinds = ("ipc", "uts", "pid", "net", "mnt", "cgroup")
-        return {kind: seen(name, f"readlink /proc/self/ns/{kind}") for kind in kinds}
+        links = seen(name, f"for kind in {' '.join(kinds)}; do readlink /proc/self/ns/$kind; done").splitlines()
+        return dict(zip(kinds, links, strict=True))
 
     waiting = sh("echo $0 in $(hostname); trap 'exit 9' TERM; while :; do sleep 0.1; done")
     katapy.detach("run", "--detach", "--bundle", bundle(waiting, edit=sandbox), "s1")

@@ -54,7 +54,7 @@ _CONSOLE_LINES: Final = 25
 _CHUNK: Final = 1 << 16
 
 # What is worth a second run, on the vsock device that most hosts with KVM do not use.
-_WITH_OWN_VSOCK: Final = ("exec, kill, delete", "every byte of stdio", "two pods at once")
+_WITH_OWN_VSOCK: Final = ("exec, kill, delete", "every byte of stdio")
 # Of the guests in the lab: they are emulated all the same, so what spares time under TCG does here.
 _CONFIG: Final = """[hypervisor]
 accel = "{accel}"
