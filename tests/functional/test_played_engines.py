@@ -602,11 +602,16 @@ def test_killed_before_the_engine_has_connected(containerd: Containerd) -> None:
     """
     namespaces = [{"type": "pid"}]
     bundles = {name: containerd.begin(name, *SLEEP, namespaces=namespaces)[0] for name in ("c1", "c2", "c3")}
+
+    def kept_by(name: str) -> Any:
+        return json.loads((containerd.root / name / "state.json").read_text())["shim"]
+
     for name in ("c1", "c2"):
-        state = json.loads((containerd.root / name / "state.json").read_text())
-        assert state["shim"]["name"] == "shim"
-        os.kill(state["shim"]["pid"], signal.SIGKILL)
-        await_true(lambda pid=state["shim"]["pid"]: pid not in descendants())  # type: ignore[misc]
+        # It serves before it has said so.
+        await_true(lambda name=name: kept_by(name)["name"] == "shim")  # type: ignore[misc]
+        pid = kept_by(name)["pid"]
+        os.kill(pid, signal.SIGKILL)
+        await_true(lambda pid=pid: pid not in descendants())  # type: ignore[misc]
     shutil.rmtree(bundles["c1"])
     shutil.rmtree(bundles["c3"])
     bundles["c4"], _ = containerd.begin("c4", *SLEEP, namespaces=namespaces)
