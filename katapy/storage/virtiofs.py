@@ -32,11 +32,14 @@ class Virtiofsd:
 
 
 def find_virtiofsd(candidates: Iterable[Path]) -> Path:
-    """Return the first of the candidates that exists. Raises NotFound."""
+    """Return the first of the candidates that exists, by its real name, which tells the daemons apart. Raises NotFound.
+
+    Debian 13 has the daemon that is written in Rust under the other's name, too.
+    """
     paths = list(candidates)
     for path in paths:
         if os.access(path, os.X_OK):
-            return path
+            return path.resolve()
     raise NotFound(f"virtiofsd is missing: {' and '.join(map(str, paths))}; apt-get install qemu-system-common")
 
 

@@ -60,3 +60,15 @@ def test_the_first_that_can_be_executed_is_taken(tmp_path: Path) -> None:
     assert find_virtiofsd([first, second]) == second
     first.touch(mode=0o755)
     assert find_virtiofsd(iter([first, second])) == first
+
+
+def test_a_daemon_is_known_by_its_real_name(tmp_path: Path) -> None:
+    """As Debian 13 has it: the C daemon's name is a symbolic link to the other."""
+    real, link = tmp_path / "libexec/virtiofsd", tmp_path / "qemu/virtiofsd"
+    for path in (real, link):
+        path.parent.mkdir()
+    real.touch(mode=0o755)
+    link.symlink_to("../libexec/virtiofsd")
+    found = find_virtiofsd([link])
+    assert found == real
+    assert f"--shared-dir={SOURCE}" in command(found, SOURCE, 7)
