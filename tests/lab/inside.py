@@ -17,6 +17,9 @@ _HANDED: Final = "/dev/vdc"
 _SCRATCH: Final = "/dev/vdd"
 _DATA_DIR: Final = "/var/lib/katapy"
 _JOB: Final = Path("/run/lab.json")
+# For a Python that is not the one of the virtual environment.
+_PACKAGES: Final = Path("/opt/packages")
+_PROGRAMS: Final = ("containerd-shim-katapy-v2", "katapy", "pytest")
 _PORTS: Final = Path("/sys/class/virtio-ports")
 _RESULTS: Final = Path("/run/lab-results")
 _SHELL_TTY: Final = "/dev/hvc0"
@@ -49,7 +52,21 @@ def _set_up() -> dict[str, Any]:
     for name in ("upper", "work"):
         Path("/mnt", name).mkdir()
     _mount("-t", "overlay", "-o", "lowerdir=/lab,upperdir=/mnt/upper,workdir=/mnt/work", "project", str(project))
+    if _PACKAGES.exists():
+        _set_up_python(project)
     return job
+
+
+def _set_up_python(project: Path) -> None:
+    """Make the virtual environment anew, with the lab's own Python; it has the same programs."""
+    environment = project / ".venv"
+    programs = {environment / "bin" / name: (environment / "bin" / name).read_bytes() for name in _PROGRAMS}
+    subprocess.run(["python3", "-m", "venv", "--clear", "--without-pip", environment], check=True)
+    for path, text in programs.items():
+        path.write_bytes(text)
+        path.chmod(0o755)
+    (site,) = environment.glob("lib/python3.*/site-packages")
+    (site / "lab.pth").write_text(f"{_PACKAGES}\n{project}\n")
 
 
 def _do(project: str, run: dict[str, Any]) -> int:

@@ -7,15 +7,24 @@ under the digest of this recipe. It has no udev: the kernel makes the devices' n
 from __future__ import annotations
 
 import hashlib
+import lzma
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import debian
 from initramfs import Entry, newc
 from steps import BuildError, call, require_space, step
+
+
+class Release(NamedTuple):
+    """One of Debian: its Python, and the packages that it has beside those of all."""
+
+    python: str
+    packages: str
+
 
 # What `scripts/setup` installs for users and for tests, but docker.io; and a host around it.
 PACKAGES: Final = """
@@ -23,10 +32,10 @@ PACKAGES: Final = """
     buildah catatonit conmon containerd containernetworking-plugins dbus-daemon iproute2 iptables podman runc
     dbus iputils-ping kmod procps systemd systemd-sysv
 """
-# In the order in which they depend on one another: what finds the root. systemd loads the rest.
-_EARLY_MODULES: Final = """
-    virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk libcrc32c erofs overlay
-"""
+# By code names. Debian 13 has in packages of their own what came with QEMU and podman.
+RELEASES: Final = {debian.CODENAME: Release("3.11", ""), "trixie": Release("3.13", "aardvark-dns netavark virtiofsd")}
+# What finds the root. systemd loads the rest.
+_EARLY_MODULES: Final = ("virtio_pci", "virtio_blk", "erofs", "overlay")
 _MODULES: Final = """
     kvm_amd vhost_vsock vhost_net virtio_console tun veth bridge macvtap overlay fuse loop sch_ingress cls_u32
     act_mirred act_police sch_tbf nf_tables
@@ -68,6 +77,15 @@ _FILES: Final = {
     "etc/resolv.conf": "",
     "etc/fstab": "",
 }
+# Fetches the kernel of the release with the archives that the root is made of; its dependencies are of no use here.
+_FETCH_KERNEL: Final = """
+    set -e
+    cd '{directory}'
+    export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+    depends=$(apt-cache depends --important linux-image-cloud-amd64)
+    name=$(echo "$depends" | sed -n 's/.*Depends: \\(linux-image-[0-9].*\\)/\\1/p')
+    apt-get download -qq -o APT::Sandbox::User=root "$name"
+"""
 _SPACE: Final = 4 << 30
 _BUSYBOX: Final = Path("/bin/busybox")
 
@@ -94,42 +112,46 @@ class HostImage:
         return self.directory / "initramfs.cpio"
 
 
-def provide(cache: Path) -> HostImage:
-    """Return the image, built below ``cache`` where it is not there; those of other recipes go. Raises BuildError."""
-    archives = debian.archives()
+def provide(cache: Path, release: str = debian.CODENAME) -> HostImage:
+    """Return the image of a release of Debian, by its code name, built below ``cache`` where it is not there.
+
+    Those of other recipes go. Raises BuildError.
+    """
+    archives = debian.archives().replace(debian.CODENAME, release)
     digest = hashlib.sha256(Path(__file__).read_bytes() + archives.encode()).hexdigest()[:16]
-    image = HostImage(cache / digest)
+    image = HostImage(cache / release / digest)
     if not image.directory.exists():
-        shutil.rmtree(cache, ignore_errors=True)
-        cache.mkdir(parents=True)
-        require_space(cache, _SPACE)
-        work = cache / "work"
-        work.mkdir()
-        debian.with_current_lists(lambda: _build(HostImage(work / "image"), work, archives))
+        shutil.rmtree(cache / release, ignore_errors=True)
+        work = cache / release / "work"
+        work.mkdir(parents=True)
+        require_space(work, _SPACE)
+        _build(HostImage(work / "image"), work, archives, release)
         (work / "image").rename(image.directory)
         shutil.rmtree(work)
     return image
 
 
-def _build(image: HostImage, work: Path, archives: str) -> None:
-    root = work / "root"
-    for left in (root, image.directory):
-        shutil.rmtree(left, ignore_errors=True)
-    image.directory.mkdir()
+def _build(image: HostImage, work: Path, archives: str, release: str) -> None:
+    root, kernel = work / "root", work / "kernel"
+    for directory in (image.directory, kernel):
+        directory.mkdir()
     with step("Debian packages of the lab"):
-        include = f"--include={','.join(PACKAGES.split())}"
-        options = ["--mode=root", "--variant=minbase", "--aptopt=APT::Install-Recommends false", include]
-        call(["mmdebstrap", *options, debian.CODENAME, root, "-"], stdin=archives.encode())
+        include = f"--include={','.join(f'{PACKAGES} {RELEASES[release].packages}'.split())}"
+        fetch = f"--customize-hook={_FETCH_KERNEL.format(directory=kernel)}"
+        options = ["--mode=root", "--variant=minbase", "--aptopt=APT::Install-Recommends false", include, fetch]
+        call(["mmdebstrap", *options, release, root, "-"], stdin=archives.encode())
     with step("kernel of the lab"):
-        package, _ = debian.unpack_dependency(
-            "linux-image-cloud-amd64", "linux-image-[0-9].*-cloud-amd64", work / "kernel"
-        )
-        release = package.removeprefix("linux-image-")
-        modules = work / "kernel/lib/modules" / release
-        shutil.copytree(modules, root / "usr/lib/modules" / release)
-        call(["chroot", root, "depmod", release])
-        shutil.copy(work / f"kernel/boot/vmlinuz-{release}", image.kernel)
-        image.initramfs.write_bytes(newc(_initramfs(modules)))
+        (package,) = kernel.glob("*.deb")
+        call(["dpkg-deb", "--extract", package, kernel])
+        (binary,) = kernel.glob("boot/vmlinuz-*")
+        version = binary.name.removeprefix("vmlinuz-")
+        # Debian 13 has no /lib in packages any more.
+        (modules,) = (path for name in ("lib", "usr/lib") for path in kernel.glob(f"{name}/modules/{version}"))
+        installed = root / "usr/lib/modules" / version
+        shutil.copytree(modules, installed)
+        call(["chroot", root, "depmod", version])
+        shutil.copy(binary, image.kernel)
+        image.initramfs.write_bytes(newc(_initramfs(installed)))
     (root / "lab").mkdir()
     for name, text in _FILES.items():
         (root / name).write_text(text)
@@ -142,8 +164,30 @@ def _initramfs(modules: Path) -> Iterator[Entry]:
         yield Entry(name, 0o040755)
     yield Entry("init", 0o100755, _INIT.encode())
     yield Entry("bin/busybox", 0o100755, _BUSYBOX.read_bytes())
-    files = {path.stem.replace("-", "_"): path for path in modules.rglob("*.ko")}
-    for index, name in enumerate(_EARLY_MODULES.split()):
-        if name not in files:
+    for index, path in enumerate(_in_order(modules)):
+        data = path.read_bytes()
+        if path.suffix == ".xz":
+            data = lzma.decompress(data)
+        yield Entry(f"modules/{index:02}-{_name(path)}", 0o100644, data)
+
+
+def _in_order(modules: Path) -> Iterator[Path]:
+    """Yield the early modules that the kernel has not built in, each after those that it needs. Raises BuildError."""
+    builtin = {_name(Path(line)) for line in (modules / "modules.builtin").read_text().splitlines()}
+    needs = {
+        Path(path): [Path(each) for each in needed.split()]
+        for path, _, needed in (line.partition(":") for line in (modules / "modules.dep").read_text().splitlines())
+    }
+    paths = {_name(path): path for path in needs}
+    ordered: dict[Path, None] = {}
+    for name in _EARLY_MODULES:
+        if name in paths:
+            ordered |= dict.fromkeys((*reversed(needs[paths[name]]), paths[name]))
+        elif name not in builtin:
             raise BuildError(f"the kernel package has no module {name}")
-        yield Entry(f"modules/{index:02}-{name}", 0o100644, files[name].read_bytes())
+    for path in ordered:
+        yield modules / path
+
+
+def _name(module: Path) -> str:
+    return module.name.partition(".")[0].replace("-", "_")

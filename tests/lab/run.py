@@ -6,7 +6,8 @@ run.py --shell                          a shell in it
 
 QEMU's TCG emulates AMD's SVM, so a Debian in it has a working /dev/kvm. What the tests print is printed here while they
 run; build/lab-results holds that, the consoles, what each test did, and what the lab hands out at its end. The exit
-status is that of the tests, and 1 for a lab that ends without one or has to be ended.
+status is that of the tests, and 1 for a lab that ends without one or has to be ended. --release trixie makes it a
+Debian 13.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Final
 
+import debian
 import recipe
 from features import FEATURES, HARDWARE
 from progress import LabError, Progress
@@ -52,6 +54,9 @@ _SCRATCH: Final = "6G"
 _RESULTS_MAX: Final = 256 << 20
 _CONSOLE_LINES: Final = 25
 _CHUNK: Final = 1 << 16
+# Of the virtual environment: large, and no test in the lab needs it.
+_NOT_IN_THE_LAB: Final = {"grpcio-tools", "import-linter", "grimp", "mypy", "ruff"}
+_PACKAGES: Final = "/opt/packages"
 
 # What is worth a second run, on the vsock device that most hosts with KVM do not use.
 _WITH_OWN_VSOCK: Final = ("exec, kill, delete", "every byte of stdio")
@@ -96,11 +101,21 @@ def plan(tests: Sequence[str]) -> list[dict[str, object]]:
     ]
 
 
+def _fetch_packages(directory: Path, python: str) -> None:
+    """Have pip put what the virtual environment has into ``directory``, in the same versions, for another Python."""
+    pip: list[str | Path] = [SOURCE / ".venv/bin/python", "-m", "pip", "--disable-pip-version-check"]
+    installed = call([*pip, "freeze", "--exclude-editable"]).splitlines()
+    wanted = [each for each in installed if each.partition("==")[0] not in _NOT_IN_THE_LAB]
+    platforms = [f"--platform={name}_x86_64" for name in ("manylinux_2_28", "manylinux2014")]
+    options = ["--quiet", "--no-deps", "--no-compile", "--only-binary=:all:", f"--python-version={python}", *platforms]
+    call([*pip, "install", *options, "--target", directory, *wanted])
+
+
 @contextmanager
-def _disks(job: Mapping[str, object]) -> Iterator[tuple[Path, Path, Path]]:
+def _disks(job: Mapping[str, object], release: str) -> Iterator[tuple[Path, Path, Path]]:
     """Yield the disks: the project with its virtual environment, a tar file of the guest's assets and the job, and one
     to write on. Templates are there: in the lab's own root, which is memory, they would count against the limit of the
-    pod that makes them.
+    pod that makes them. For a release with another Python the tar file has its packages, too.
     """
     directory = _BUILD / "lab-disks"
     shutil.rmtree(directory, ignore_errors=True)
@@ -113,6 +128,9 @@ def _disks(job: Mapping[str, object]) -> Iterator[tuple[Path, Path, Path]]:
                 for name in ("image", "kernel"):
                     path = DEFAULT_DATA_DIR / name
                     tar.add(path, str(path.relative_to("/")))
+                if release != debian.CODENAME:
+                    _fetch_packages(directory / "packages", recipe.RELEASES[release].python)
+                    tar.add(directory / "packages", _PACKAGES)
                 document = json.dumps(job).encode()
                 member = tarfile.TarInfo("run/lab.json")
                 member.size = len(document)
@@ -196,12 +214,14 @@ def _bounded(file: io.FileIO, limit: int) -> Callable[[bytes], None]:
     return write
 
 
-def work(image: recipe.HostImage, runs: Sequence[Mapping[str, object]], deadline: float, memory: str) -> int:
+def work(
+    image: recipe.HostImage, release: str, runs: Sequence[Mapping[str, object]], deadline: float, memory: str
+) -> int:
     """Run tests or benches in the lab; return their exit status. Raises LabError where it has none."""
     progress = Progress()
     job = {"project": str(SOURCE), "runs": runs}
     with ExitStack() as stack:
-        disks = stack.enter_context(_disks(job))
+        disks = stack.enter_context(_disks(job, release))
         console, output, events, results = (
             # Unbuffered: somebody may look at them meanwhile.
             stack.enter_context((_RESULTS / name).open("w+b", buffering=0))
@@ -261,11 +281,11 @@ def _unpack(archive: Path) -> None:
         archive.unlink()
 
 
-def shell(image: recipe.HostImage, memory: str) -> int:
+def shell(image: recipe.HostImage, release: str, memory: str) -> int:
     """Give a shell in the lab; it ends with it."""
     job = {"project": str(SOURCE), "shell": list(os.get_terminal_size(0)), "term": os.environ.get("TERM", "linux")}
     with ExitStack() as stack:
-        disks = stack.enter_context(_disks(job))
+        disks = stack.enter_context(_disks(job, release))
         console = stack.enter_context((_RESULTS / "console.log").open("wb"))
         ports = stack.enter_context(_start(image, disks, ["console", "shell"], memory))
         saved = termios.tcgetattr(0)
@@ -294,6 +314,7 @@ def main() -> None:
     parser.add_argument("--bench", action="store_true", help="the bench instead of tests")
     parser.add_argument("--deadline", type=float, help="seconds for all of it")
     parser.add_argument("--memory", default=_MEMORY, help="of the lab, as QEMU takes it")
+    parser.add_argument("--release", choices=recipe.RELEASES, default=debian.CODENAME, help="of Debian")
     parser.add_argument("tests", nargs="*", help="node ids or options of pytest, after --")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -301,11 +322,11 @@ def main() -> None:
     shutil.rmtree(_RESULTS, ignore_errors=True)
     _RESULTS.mkdir(parents=True)
     try:
-        image = recipe.provide(_BUILD / "lab")
+        image = recipe.provide(_BUILD / "lab", options.release)
         if options.shell:
-            sys.exit(shell(image, options.memory))
+            sys.exit(shell(image, options.release, options.memory))
         runs, deadline = (plan_benches(), _BENCH_DEADLINE) if options.bench else (plan(options.tests), _DEADLINE)
-        sys.exit(work(image, runs, options.deadline or deadline, options.memory))
+        sys.exit(work(image, options.release, runs, options.deadline or deadline, options.memory))
     except LabError as error:
         sys.exit(f"lab: {error}")
     except BuildError as error:
