@@ -9,8 +9,8 @@ NODE_IMAGE ?= localhost/katapy-node
 # Debian's own, the same as the guest's.
 PYTHON ?= /usr/bin/python3
 BIN := .venv/bin
-RELEASE ?= bookworm
-LAB = PYTHONPATH=images:tests $(BIN)/python tests/lab/run.py --release $(RELEASE)
+LAB_RELEASE ?= bookworm
+LAB = PYTHONPATH=images:tests $(BIN)/python tests/lab/run.py --release $(LAB_RELEASE)
 PROTOC := $(BIN)/python -m grpc_tools.protoc
 export PYTHON
 
@@ -62,7 +62,7 @@ test: setup lint ## all tests but the long ones; as root
 unit: .venv/installed ## the tests that need no root and no virtual machine
 	@$(BIN)/pytest -q -m 'not root and not vm and not soak' tests/unit
 
-lab: setup ## the tests of features that the hardware path has, on an emulated host with KVM; RELEASE=trixie; as root
+lab: setup ## the tests of features that the hardware path has, on an emulated host with KVM; LAB_RELEASE=trixie; as root
 	@$(LAB)
 
 lab-bench: setup ## what KVM and the kernel's vsock are worth, as ratios; on that host

@@ -40,7 +40,8 @@ def find_virtiofsd(candidates: Iterable[Path]) -> Path:
     for path in paths:
         if os.access(path, os.X_OK):
             return path.resolve()
-    raise NotFound(f"virtiofsd is missing: {' and '.join(map(str, paths))}; apt-get install qemu-system-common")
+    where = " and ".join(map(str, paths))
+    raise NotFound(f"virtiofsd is missing: {where}; apt-get install qemu-system-common, on Debian 13 virtiofsd")
 
 
 def command(program: Path, source: Path, fd: int) -> list[str]:

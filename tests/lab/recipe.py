@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ _FILES: Final = {
 # Fetches the kernel of the release with the archives that the root is made of; its dependencies are of no use here.
 _FETCH_KERNEL: Final = """
     set -e
-    cd '{directory}'
+    cd {directory}
     export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
     depends=$(apt-cache depends --important linux-image-cloud-amd64)
     name=$(echo "$depends" | sed -n 's/.*Depends: \\(linux-image-[0-9].*\\)/\\1/p')
@@ -137,7 +138,7 @@ def _build(image: HostImage, work: Path, archives: str, release: str) -> None:
         directory.mkdir()
     with step("Debian packages of the lab"):
         include = f"--include={','.join(f'{PACKAGES} {RELEASES[release].packages}'.split())}"
-        fetch = f"--customize-hook={_FETCH_KERNEL.format(directory=kernel)}"
+        fetch = f"--customize-hook={_FETCH_KERNEL.format(directory=shlex.quote(str(kernel)))}"
         options = ["--mode=root", "--variant=minbase", "--aptopt=APT::Install-Recommends false", include, fetch]
         call(["mmdebstrap", *options, release, root, "-"], stdin=archives.encode())
     with step("kernel of the lab"):
