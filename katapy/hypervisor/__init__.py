@@ -57,6 +57,9 @@ class Vm(Protocol):
     def console(self) -> GuestConsole:
         """The guest's console."""
 
+    def shutdown_reason(self) -> str | None:
+        """Return why the machine has stopped by itself, such as guest-reset, where that is known."""
+
     async def wait_ready(self, timeout: float) -> None:
         """Wait until the guest says that it serves; raises Timeout after ``timeout`` s, Unavailable if it dies."""
 

@@ -52,7 +52,7 @@ _EXIT_DEADLINE: Final = 2.0
 # One QMP command, and the device states of a VM: milliseconds, on a machine that has nothing else to do.
 _COMMAND_DEADLINE: Final = 60.0
 _UNPLUG_DEADLINE: Final = 30.0
-_CONSOLE_LINES: Final = 10
+_CONSOLE_LINES: Final = 40  # the first of a kernel that panics says why, and some 35 follow it
 # systemd's UIDS-GIDS.md marks 0x70000000 to 0x7fffffff as unused: no user, no container has these. A random one for
 # each VM keeps a QEMU that was taken over away from all the others. The first 2^22, one for each pid, are those of
 # vsock_process.
@@ -84,6 +84,10 @@ class QemuVm:
             self._qmp = await qmp.connect(ours, name=self.name, timeout=_GREETING_DEADLINE)
         except Unavailable as error:
             raise await self._death("QEMU start", cause=error) from error
+
+    def shutdown_reason(self) -> str | None:
+        """Return why QEMU says that the guest stopped (ShutdownCause in qapi/run-state.json), if it has."""
+        return self._qmp.shutdown_reason() if self._qmp is not None else None
 
     async def wait_ready(self, timeout: float) -> None:
         """Wait until the guest writes ``ready`` to its second serial port.
@@ -234,7 +238,7 @@ class QemuVm:
         except TimeoutError:
             return cause or Unavailable(self._with_console(f"VM {self.name} hung up during {stage}"))
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        reason = self._qmp.shutdown_reason() if self._qmp is not None else None
+        reason = self.shutdown_reason()
         said = f" ({reason})" if reason is not None else ""
         # What was wrong, and, of a state that it could not read, what that led to.
         complaint = "; ".join(self._stderr.tail(2).splitlines())

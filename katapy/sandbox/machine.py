@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-_CONSOLE_LINES: Final = 10
+_CONSOLE_LINES: Final = 40  # the first of a kernel that panics says why, and some 35 follow it
 _NOTICE: Final = 1.0  # seconds
 _CONNECT_SECONDS: Final = 60.0
 
@@ -138,6 +138,8 @@ class Machine:
         ended = [(process, status) for process in self.processes if (status := process.poll()) is not None]
         process, status = min(ended, key=lambda end: (end[1] >= 0, end[1] == 0))
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        if process.name == QEMU and self._parts is not None and (reason := self._parts.vm.shutdown_reason()):
+            how += f" ({reason})"
         text = f"{process.name} of {self.name} died: pid {process.pid} {how}"
         output = self._outputs[process]
         if output is not None:

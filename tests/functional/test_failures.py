@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import DEADLINE, SLOWNESS, Katapy, MakeBundle, await_true, descendants, vsock_kind
@@ -97,6 +98,20 @@ def test_vsock_device_that_gives_up(katapy: Katapy, bundle: MakeBundle, tmp_path
     assert b"vsock device of c1 died" in failed.stderr
     assert failed.stderr.endswith(b"\nkatapy vsock device: the owner's request is malformed\n")
     katapy("delete", "--force", "c1", check=True)
+
+
+@pytest.mark.parametrize(("key", "last_words"), [("b", b"sysrq: Resetting"), ("c", b"Kernel panic")])
+def test_guest_that_ends_by_itself(katapy: Katapy, bundle: MakeBundle, key: str, last_words: bytes) -> None:
+    """QEMU ends without an error then, so why is said."""
+
+    def edit(spec: dict[str, Any]) -> None:
+        spec["linux"]["readonlyPaths"] = []
+
+    command = f"echo {key} > /proc/sysrq-trigger; sleep 1000"
+    failed = katapy("run", "--bundle", bundle(["sh", "-c", command], edit=edit), "c1")
+    assert failed.returncode == 1
+    assert b"ended with status 0 (guest-reset)" in failed.stderr
+    assert last_words in failed.stderr
 
 
 def test_guest_that_does_not_answer(katapy: Katapy, bundle: MakeBundle) -> None:
