@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -13,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from katapy.config import Config
@@ -30,6 +32,18 @@ DEADLINE = 120.0 * SLOWNESS
 
 Edit = Callable[[dict[str, Any]], None]
 MakeBundle = Callable[..., Path]
+
+
+class Call(subprocess.Popen[bytes]):
+    """A command that was started. Who leaves its context by an exception does not wait for it: it may hang."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            print(describe_processes())
+            self.kill()
+        super().__exit__(kind, value, trace)
 
 
 @dataclass
@@ -70,9 +84,9 @@ class Katapy:
             errors.seek(0)
             assert done.returncode == 0, errors.read().decode(errors="replace")
 
-    def start(self, *args: str | Path, **options: Any) -> subprocess.Popen[bytes]:
+    def start(self, *args: str | Path, **options: Any) -> Call:
         """Start a call and return at once."""
-        return subprocess.Popen(self.argv(*args), env=self.env, **options)
+        return Call(self.argv(*args), env=self.env, **options)
 
     def state(self, container_id: str) -> dict[str, Any]:
         """Return what ``state`` prints."""
@@ -163,3 +177,16 @@ def descendants() -> dict[int, str]:
             except (FileNotFoundError, ProcessLookupError):
                 continue
     return found
+
+
+def describe_processes() -> str:
+    """Return what the processes below this one do in the kernel, thread by thread: for a test that hangs."""
+    lines = []
+    for pid, command in descendants().items():
+        lines.append(f"{pid}: {command}")
+        for thread in Path(f"/proc/{pid}/task").glob("*"):
+            with contextlib.suppress(OSError):
+                state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
+                calls = [line.split()[1] for line in (thread / "stack").read_text().splitlines()[:4]]
+                lines.append(f"    {(thread / 'comm').read_text().strip()} {state} {' < '.join(calls)}")
+    return "\n".join(lines)

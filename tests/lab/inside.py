@@ -26,6 +26,9 @@ _SHELL_TTY: Final = "/dev/hvc0"
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # A VM takes ten times as long to start here as on hardware.
 _TIMEOUT: Final = 600
+# Of many VMs on an emulated SVM one dies or stops for no reason of its own; where the hardware path is broken, more do.
+_AGAIN_MAX: Final = 3
+_TESTS_FAILED: Final = 1  # pytest.ExitCode
 
 
 def _mount(*arguments: str) -> None:
@@ -87,14 +90,32 @@ def _do(project: str, run: dict[str, Any]) -> int:
         bench = [".venv/bin/python", "bench/run.py", *run["bench"], "--output", str(output)]
         status = subprocess.run(bench, cwd=project, env=environment, stdin=subprocess.DEVNULL).returncode
         if status == 0:
+            print((output / "performance.md").read_text(), flush=True)
             # What comes out has no directories.
             for path in output.iterdir():
                 path.rename(_RESULTS / f"{run['name']}-{path.name}")
         return status
-    pytest = [".venv/bin/pytest", "-v", "-p", "no:cacheprovider", "-o", f"timeout={_TIMEOUT}"]
-    pytest += ["-o", "timeout_method=signal", f"--junit-xml={_RESULTS}/{run['name']}.xml", "--durations=15"]
-    argv = ["unshare", "--mount", "--propagation", "private", *pytest, *run["tests"]]
-    return subprocess.run(argv, cwd=project, env=environment, stdin=subprocess.DEVNULL).returncode
+    cache = Path("/run", f"cache-{run['name']}")
+    pytest = ["unshare", "--mount", "--propagation", "private", ".venv/bin/pytest", "-v", "-o", f"cache_dir={cache}"]
+    pytest += ["-o", f"timeout={_TIMEOUT}", "-o", "timeout_method=signal", "--durations=15"]
+
+    def attempt(name: str, *options: str) -> int:
+        argv = [*pytest, f"--junit-xml={_RESULTS}/{name}.xml", *options]
+        return subprocess.run(argv, cwd=project, env=environment, stdin=subprocess.DEVNULL).returncode
+
+    status = attempt(run["name"], *run["tests"])
+    failed = _failed(cache) if status == _TESTS_FAILED else []
+    if 1 <= len(failed) <= _AGAIN_MAX:
+        print(f"lab: once more: {', '.join(failed)}", flush=True)
+        status = attempt(f"{run['name']}-again", *failed)
+        if status == 0:
+            print(f"lab: passed at the second attempt only: {', '.join(failed)}", flush=True)
+    return status
+
+
+def _failed(cache: Path) -> list[str]:
+    """Return the tests that have failed, as pytest's cache has them."""
+    return list(json.loads((cache / "v/cache/lastfailed").read_text()))
 
 
 def _work(job: dict[str, Any]) -> None:
