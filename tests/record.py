@@ -16,6 +16,9 @@ import pytest
 _KATAPY = Path(sys.executable).with_name("katapy")
 _CHECK_DEADLINE = 120.0
 _WHY_CHARACTERS = 3000
+_ENDS = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+SKIPPED = 6
+"""The exit status where a test was skipped that must not be; pytest's own are up to 5."""
 
 
 class Recorder:
@@ -48,8 +51,8 @@ class Recorder:
             self._skipped.append(report.nodeid)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self._nothing_skipped and self._skipped and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if self._nothing_skipped and self._skipped and session.exitstatus in _ENDS:
+            session.exitstatus = SKIPPED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._nothing_skipped and self._skipped:

@@ -114,8 +114,9 @@ def _do(project: str, run: dict[str, Any]) -> int:
 
 
 def _failed(cache: Path) -> list[str]:
-    """Return the tests that have failed, as pytest's cache has them."""
-    return list(json.loads((cache / "v/cache/lastfailed").read_text()))
+    """Return the tests that have failed, as pytest's cache has them. A run can fail without: for tests it skipped."""
+    file = cache / "v/cache/lastfailed"
+    return list(json.loads(file.read_text())) if file.exists() else []
 
 
 def _work(job: dict[str, Any]) -> None:
