@@ -22,6 +22,7 @@ from typing import IO, Any, Final
 from figures import BenchError, progress
 
 from katapy.oci.default import default_spec
+from katapy.oci.disk import ROOT_DISK
 
 # Generous: many at once on a slow machine that emulates.
 DEADLINE: Final = 900.0
@@ -178,18 +179,25 @@ class Bundles:
         self._numbers = itertools.count(1)
 
     def make(
-        self, *args: str, rootfs: Path | None = None, work: Path | None = None, network: Path | None = None
+        self,
+        *args: str,
+        rootfs: Path | None = None,
+        disk: Path | None = None,
+        work: Path | None = None,
+        network: Path | None = None,
     ) -> Path:
         """Return a new bundle whose process has these arguments.
 
-        ``rootfs`` is another root file system than the one that all share. ``work`` is to be /work, ``network`` its
-        network namespace; with either, /tmp is in memory.
+        ``rootfs`` is another root file system than the one that all share, ``disk`` an image of it for katapy.
+        ``work`` is to be /work, ``network`` its network namespace; with either, /tmp is in memory.
         """
         bundle = self._directory / f"bundle{next(self._numbers)}"
         bundle.mkdir()
         spec: dict[str, Any] = default_spec()
         spec["process"] |= {"terminal": False, "args": list(args)}
         spec["root"] = {"path": str(rootfs or self.rootfs), "readonly": True}
+        if disk is not None:
+            spec["annotations"] = {ROOT_DISK: str(disk)}
         if work is not None:
             spec["mounts"] += [
                 {"destination": "/work", "type": "bind", "source": str(work), "options": ["rbind", "rw"]},

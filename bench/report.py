@@ -17,6 +17,7 @@ _TITLES: Final = {
     "start": "Start",
     "phases": "Where a warm start's time goes",
     "memory": "Memory of an idle pod on the host (PSS)",
+    "sharing": "Memory of a second pod of the same template (PSS)",
     "streams": "Streams",
     "virtiofs": "virtio-fs",
     "network": "Networks",

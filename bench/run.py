@@ -35,6 +35,7 @@ import network
 import plot
 import report
 import sandbox
+import sharing
 import start
 import streams
 import virtiofs
@@ -62,6 +63,7 @@ The same picture as [PNG](images/performance.png).
 _GROUPS: Final[dict[str, tuple[Callable[[Bench], Recorder], ...]]] = {
     "start": (start.measure, start.measure_phases),
     "memory": (memory.measure,),
+    "sharing": (sharing.measure,),
     "streams": (streams.measure,),
     "virtiofs": (virtiofs.measure,),
     "network": (network.measure,),
