@@ -16,9 +16,6 @@ import pytest
 _KATAPY = Path(sys.executable).with_name("katapy")
 _CHECK_DEADLINE = 120.0
 _WHY_CHARACTERS = 3000
-_ENDS = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
-SKIPPED = 6
-"""The exit status where a test was skipped that must not be; pytest's own are up to 5."""
 
 
 class Recorder:
@@ -36,6 +33,9 @@ class Recorder:
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         self._write(host=describe_host(), starts=session.config.getoption("--starts", None))
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._write(collected=[item.nodeid for item in session.items])
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._write(began=nodeid)
 
@@ -51,8 +51,8 @@ class Recorder:
             self._skipped.append(report.nodeid)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self._nothing_skipped and self._skipped and session.exitstatus in _ENDS:
-            session.exitstatus = SKIPPED
+        if self._nothing_skipped and self._skipped and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._nothing_skipped and self._skipped:

@@ -26,9 +26,6 @@ _SHELL_TTY: Final = "/dev/hvc0"
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # A VM takes ten times as long to start here as on hardware.
 _TIMEOUT: Final = 600
-# Of many VMs on an emulated SVM one dies or stops for no reason of its own; where the hardware path is broken, more do.
-_AGAIN_MAX: Final = 3
-_TESTS_FAILED: Final = 1  # pytest.ExitCode
 
 
 def _mount(*arguments: str) -> None:
@@ -38,6 +35,10 @@ def _mount(*arguments: str) -> None:
 def _port(name: str) -> Path:
     """Return the device of the port that QEMU calls ``name``."""
     return next(Path("/dev", path.parent.name) for path in _PORTS.glob("*/name") if path.read_text().strip() == name)
+
+
+def _tell(**event: object) -> None:
+    _port("events").write_text(json.dumps(event) + "\n")
 
 
 def _set_up() -> dict[str, Any]:
@@ -85,6 +86,7 @@ def _do(project: str, run: dict[str, Any]) -> int:
         "KATAPY_CONFIG": str(config),
     }
     print(f"lab: {run['name']}", flush=True)
+    _tell(run=run["name"])
     if "bench" in run:
         output = _RESULTS / run["name"]
         bench = [".venv/bin/python", "bench/run.py", *run["bench"], "--output", str(output)]
@@ -95,28 +97,10 @@ def _do(project: str, run: dict[str, Any]) -> int:
             for path in output.iterdir():
                 path.rename(_RESULTS / f"{run['name']}-{path.name}")
         return status
-    cache = Path("/run", f"cache-{run['name']}")
-    pytest = ["unshare", "--mount", "--propagation", "private", ".venv/bin/pytest", "-v", "-o", f"cache_dir={cache}"]
-    pytest += ["-o", f"timeout={_TIMEOUT}", "-o", "timeout_method=signal", "--durations=15"]
-
-    def attempt(name: str, *options: str) -> int:
-        argv = [*pytest, f"--junit-xml={_RESULTS}/{name}.xml", *options]
-        return subprocess.run(argv, cwd=project, env=environment, stdin=subprocess.DEVNULL).returncode
-
-    status = attempt(run["name"], *run["tests"])
-    failed = _failed(cache) if status == _TESTS_FAILED else []
-    if 1 <= len(failed) <= _AGAIN_MAX:
-        print(f"lab: once more: {', '.join(failed)}", flush=True)
-        status = attempt(f"{run['name']}-again", *failed)
-        if status == 0:
-            print(f"lab: passed at the second attempt only: {', '.join(failed)}", flush=True)
-    return status
-
-
-def _failed(cache: Path) -> list[str]:
-    """Return the tests that have failed, as pytest's cache has them. A run can fail without: for tests it skipped."""
-    file = cache / "v/cache/lastfailed"
-    return list(json.loads(file.read_text())) if file.exists() else []
+    pytest = [".venv/bin/pytest", "-v", "-p", "no:cacheprovider", "-o", f"timeout={_TIMEOUT}"]
+    pytest += ["-o", "timeout_method=signal", f"--junit-xml={_RESULTS}/{run['name']}.xml", "--durations=15"]
+    argv = ["unshare", "--mount", "--propagation", "private", *pytest, *run["tests"]]
+    return subprocess.run(argv, cwd=project, env=environment, stdin=subprocess.DEVNULL).returncode
 
 
 def _work(job: dict[str, Any]) -> None:
@@ -132,7 +116,7 @@ def _work(job: dict[str, Any]) -> None:
     with _port("results").open("wb") as port, tarfile.open(fileobj=port, mode="w|") as tar:
         tar.add(_RESULTS, "results")
     # The last word: with it, all that was before has arrived.
-    _port("events").write_text(json.dumps({"status": status}) + "\n")
+    _tell(status=status)
 
 
 def _shell(job: dict[str, Any]) -> None:

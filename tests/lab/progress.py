@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
 
+from outcomes import LabError, Outcomes
+
 _EVENTS_MAX: Final = 16 << 20
-
-
-class LabError(Exception):
-    """The lab did not come to its end; the text is fit for a user."""
 
 
 @dataclass
 class Progress:
-    """What the lab says of its tests, line by line."""
+    """What one lab says of its tests, line by line."""
 
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    run: str = ""
     text: bytearray = field(default_factory=bytearray)
     running: str = ""
     since: float = 0.0
@@ -37,12 +37,19 @@ class Progress:
                     self._take(event)
 
     def _take(self, event: dict[str, Any]) -> None:
+        self.run = str(event.get("run", self.run))
+        self.outcomes.take(self.run, event)
         if "began" in event:
             self.running, self.since = str(event["began"]), monotonic()
         if "ended" in event:
             self.running = ""
         if "status" in event:
             self.status = int(event["status"])
+
+    def died(self) -> None:
+        """Note that the lab has ended where it was."""
+        if self.running:
+            self.outcomes.take(self.run, {"test": self.running, "outcome": "died"})
 
     def place(self) -> str:
         """Return where the lab is."""
