@@ -91,13 +91,13 @@ def test_what_keeps_failing_fails() -> None:
         _run(progress, "kernel", ("b", "failed"))
         return 1
 
-    status, given = _play(_one_fails, again, again)
-    assert (status, len(given)) == (1, 3)
+    status, given = _play(_one_fails, again, again, again)
+    assert (status, len(given)) == (1, 4)
 
 
 def test_a_lab_that_always_dies_says_why() -> None:
     with pytest.raises(LabError, match="ended by itself"):
-        _play(_dies_in_b, _dies_in_b, _dies_in_b)
+        _play(_dies_in_b, _dies_in_b, _dies_in_b, _dies_in_b)
 
 
 def test_many_failures_are_no_accident() -> None:
