@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from progress import LabError, Progress
+from outcomes import LabError
+from progress import Progress
 
 TEST = "tests/functional/test_run.py::test_limits_hold"
 
