@@ -57,6 +57,9 @@ class Vm(Protocol):
     def console(self) -> GuestConsole:
         """The guest's console."""
 
+    async def heard_out(self) -> None:
+        """Wait until all has been heard of a machine whose process has ended."""
+
     def shutdown_reason(self) -> str | None:
         """Return why the machine has stopped by itself, such as guest-reset, where that is known."""
 

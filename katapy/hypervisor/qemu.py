@@ -52,7 +52,7 @@ _EXIT_DEADLINE: Final = 2.0
 # One QMP command, and the device states of a VM: milliseconds, on a machine that has nothing else to do.
 _COMMAND_DEADLINE: Final = 60.0
 _UNPLUG_DEADLINE: Final = 30.0
-_CONSOLE_LINES: Final = 40  # the first of a kernel that panics says why, and some 35 follow it
+_CONSOLE_LINES: Final = 80  # the first of a kernel that panics says why, and 35 or more follow it
 # systemd's UIDS-GIDS.md marks 0x70000000 to 0x7fffffff as unused: no user, no container has these. A random one for
 # each VM keeps a QEMU that was taken over away from all the others. The first 2^22, one for each pid, are those of
 # vsock_process.
@@ -84,6 +84,11 @@ class QemuVm:
             self._qmp = await qmp.connect(ours, name=self.name, timeout=_GREETING_DEADLINE)
         except Unavailable as error:
             raise await self._death("QEMU start", cause=error) from error
+
+    async def heard_out(self) -> None:
+        """Wait until all has been heard of a QEMU that has ended."""
+        if self._qmp is not None:
+            await self._qmp.ended()
 
     def shutdown_reason(self) -> str | None:
         """Return why QEMU says that the guest stopped (ShutdownCause in qapi/run-state.json), if it has."""

@@ -94,6 +94,13 @@ class Qmp:
         except (QMPError, OSError, EOFError) as error:
             raise Unavailable(f"QEMU command {command} failed: {error}") from error
 
+    async def ended(self) -> None:
+        """Wait until QEMU, which has ended, is heard out: its last event may come after its process is gone."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_DEADLINE):
+                while self._client.runstate.name == "RUNNING":
+                    await self._client.runstate_changed()
+
     async def close(self) -> None:
         """Close the connection; how it had ended does not matter any more."""
         with contextlib.suppress(Exception):

@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-_CONSOLE_LINES: Final = 40  # the first of a kernel that panics says why, and some 35 follow it
+_CONSOLE_LINES: Final = 80  # the first of a kernel that panics says why, and 35 or more follow it
 _NOTICE: Final = 1.0  # seconds
 _CONNECT_SECONDS: Final = 60.0
 
@@ -125,6 +125,8 @@ class Machine:
     def _watch(self, process: run.Process, stack: AsyncExitStack, output: GuestConsole | None = None) -> None:
         async def watch() -> None:
             await process.wait()
+            if self._parts is not None and process is self._parts.vm.process:
+                await self._parts.vm.heard_out()
             if not self._ending and not self._failed.done():
                 self._failed.set_result(self._obituary())
 

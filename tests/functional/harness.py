@@ -184,8 +184,8 @@ def describe_processes() -> str:
     lines = []
     for pid, command in descendants().items():
         lines.append(f"{pid}: {command}")
-        for thread in Path(f"/proc/{pid}/task").glob("*"):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
                 state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
                 calls = [line.split()[1] for line in (thread / "stack").read_text().splitlines()[:4]]
                 lines.append(f"    {(thread / 'comm').read_text().strip()} {state} {' < '.join(calls)}")

@@ -12,9 +12,11 @@ from time import monotonic
 from typing import Any, Final
 
 _LABS: Final = 4
-_BROKEN_MAX: Final = 3
+_FAILED_MAX: Final = 1
 _TESTS_FAILED: Final = 1  # pytest.ExitCode
 
+DIED: Final = "died"
+"""The outcome of a test in which a lab has died."""
 Run = Mapping[str, object]
 """One of pytest: its name, its tests, and katapy's configuration."""
 
@@ -33,8 +35,9 @@ class Outcomes:
 
     collected: dict[str, list[str]] = field(default_factory=dict)
     passed: set[tuple[str, str]] = field(default_factory=set)
-    broken: set[tuple[str, str]] = field(default_factory=set)
-    """Those that failed once, and those in which a lab died."""
+    failed: set[tuple[str, str]] = field(default_factory=set)
+    died: set[tuple[str, str]] = field(default_factory=set)
+    """Those in which a lab has died."""
 
     def left(self, run: str) -> list[str] | None:
         """Return the tests of a run that have not passed; None where it has not come so far as to find them."""
@@ -52,7 +55,7 @@ class Outcomes:
             else:
                 # Perhaps when all was over, after it had passed.
                 self.passed.discard(test)
-                self.broken.add(test)
+                (self.died if event["outcome"] == DIED else self.failed).add(test)
 
     def left_of(self, runs: Sequence[Run]) -> list[Run]:
         """Return the runs that have tests which have not passed, with these alone."""
@@ -63,7 +66,7 @@ class Outcomes:
 def run_until_passed(runs: Sequence[Run], lab: Callable[[Sequence[Run], Outcomes], int], ends: float) -> int:
     """Run tests in a lab, and those that have not passed in another one; return the exit status.
 
-    ``lab`` is given runs, and notes what becomes of their tests; it returns pytest's exit status. Where too many fail
+    ``lab`` is given runs, and notes what becomes of their tests; it returns pytest's exit status. Where two tests fail
     they are not tried again, nor is anything after ``ends``, a time of `time.monotonic`. Raises what the last lab
     raises.
     """
@@ -79,12 +82,12 @@ def run_until_passed(runs: Sequence[Run], lab: Callable[[Sequence[Run], Outcomes
         runs = outcomes.left_of(runs)
         if status == 0:
             break
-        final = number == _LABS or len(outcomes.broken) > _BROKEN_MAX or monotonic() > ends
+        final = number == _LABS or len(outcomes.failed) > _FAILED_MAX or monotonic() > ends
         if status != _TESTS_FAILED or not runs or final:
             if died is not None:
                 raise died
             return status
         print(f"lab: {died or 'tests have failed'}\nlab: another one, for what has not passed", flush=True)
-    for run, test in sorted(outcomes.broken):
+    for run, test in sorted(outcomes.failed | outcomes.died):
         print(f"lab: passed at a later attempt only: {test} ({run})", flush=True)
     return 0

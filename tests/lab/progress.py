@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
 
-from outcomes import LabError, Outcomes
+from outcomes import DIED, LabError, Outcomes
 
 _EVENTS_MAX: Final = 16 << 20
 
@@ -49,7 +49,7 @@ class Progress:
     def died(self) -> None:
         """Note that the lab has ended where it was."""
         if self.running:
-            self.outcomes.take(self.run, {"test": self.running, "outcome": "died"})
+            self.outcomes.take(self.run, {"test": self.running, "outcome": DIED})
 
     def place(self) -> str:
         """Return where the lab is."""

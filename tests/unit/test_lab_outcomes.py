@@ -100,9 +100,9 @@ def test_a_lab_that_always_dies_says_why() -> None:
         _play(_dies_in_b, _dies_in_b, _dies_in_b, _dies_in_b)
 
 
-def test_many_failures_are_no_accident() -> None:
+def test_two_failures_are_no_accident() -> None:
     def broken(progress: Progress) -> int:
-        _run(progress, "kernel", *((name, "failed") for name in "abcd"))
+        _run(progress, "kernel", *((name, "failed") for name in "ab"))
         return 1
 
     assert _play(broken) == (1, [RUNS])

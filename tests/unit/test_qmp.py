@@ -120,6 +120,18 @@ async def test_a_qemu_that_ends_just_after_its_greeting(pair: tuple[socket.socke
     await control.close()
 
 
+async def test_a_qemu_that_has_ended_is_heard_out(pair: tuple[socket.socket, FakeQemu]) -> None:
+    """Its process may be gone before its last event was read."""
+    control = await connected(pair)
+    stamp = {"seconds": 1, "microseconds": 0}
+    await pair[1].say({"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}, "timestamp": stamp})
+    pair[1].hang_up()
+    assert control.shutdown_reason() is None
+    await control.ended()
+    assert control.shutdown_reason() == "guest-reset"
+    await control.close()
+
+
 async def test_events_are_bounded_and_the_shutdown_is_known(pair: tuple[socket.socket, FakeQemu]) -> None:
     """The library keeps every event for ever; a guest can cause as many as it likes."""
     control = await connected(pair)
