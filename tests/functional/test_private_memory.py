@@ -4,11 +4,12 @@ vsock device is the kernel's, so that nobody but QEMU maps a guest's memory.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
 import subprocess
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +69,20 @@ def _held(katapy: Katapy, name: str) -> Path:
     return Path(f"/proc/{record['pid']}/fd/{record['fd']}")
 
 
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sum(path: Path) -> int:
+    """Return a checksum of a file's data and of where they are; its holes are most of it, and passed over."""
+    found, end = 0, 0
+    # There are no more data.
+    with path.open("rb") as file, suppress(OSError):
+        while True:
+            offset = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            end = os.lseek(file.fileno(), offset, os.SEEK_HOLE)
+            while offset < end:
+                data = os.pread(file.fileno(), min(MIB, end - offset), offset)
+                found = zlib.crc32(data, zlib.crc32(offset.to_bytes(8), found))
+                offset += len(data)
+    assert found
+    return found
 
 
 def test_pods_share_a_template_and_nothing_else(katapy: Katapy, bundle: MakeBundle, disk_bundle: Path) -> None:

@@ -298,14 +298,25 @@ def test_a_start_container_hook_that_fails(
     katapy("delete", "c1", check=True)
 
 
-def test_a_pod_of_two(katapy: Katapy, bundle: MakeBundle) -> None:
-    """A second container in the VM of the first: what they share, and that the end of one is not the other's."""
+class PodOfTwo:
+    """A pod whose sandbox is ``s1``; ``run`` puts another container into its VM."""
 
-    def sandbox(spec: dict[str, Any]) -> None:
-        spec["hostname"] = "pod"
-        spec["annotations"] = {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "s1"}
+    # Says TERM when it ends by it.
+    WAITING = sh("trap 'exit 9' TERM; while :; do sleep 0.1; done")
 
-    def member(*shared: str) -> Edit:
+    def __init__(self, katapy: Katapy, bundle: MakeBundle) -> None:
+        self._katapy = katapy
+        self._bundle = bundle
+
+        def sandbox(spec: dict[str, Any]) -> None:
+            spec["hostname"] = "pod"
+            spec["annotations"] = {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "s1"}
+
+        katapy.detach("run", "--detach", "--bundle", bundle(self.WAITING, edit=sandbox), "s1")
+
+    def bundle(self, *shared: str) -> Path:
+        """Return a bundle of a container that shares these namespaces with the sandbox."""
+
         def edit(spec: dict[str, Any]) -> None:
             spec.pop("hostname")
             spec["annotations"] = {
@@ -315,52 +326,70 @@ def test_a_pod_of_two(katapy: Katapy, bundle: MakeBundle) -> None:
             for namespace in spec["linux"]["namespaces"]:
                 if namespace["type"] in shared:
                     name = {"network": "net"}.get(namespace["type"], namespace["type"])
-                    namespace["path"] = f"/proc/{katapy.state('s1')['pid']}/ns/{name}"
+                    namespace["path"] = f"/proc/{self._katapy.state('s1')['pid']}/ns/{name}"
 
-        return edit
+        return self._bundle(self.WAITING, edit=edit)
 
-    def seen(name: str, script: str) -> str:
-        return output_of(katapy, name, script).strip()
+    def run(self, name: str, *shared: str) -> None:
+        """Run a container that shares these namespaces with the sandbox."""
+        self._katapy.detach("run", "--detach", "--bundle", self.bundle(*shared), name)
 
-    def namespaces(name: str) -> dict[str, str]:
-        kinds = ("ipc", "uts", "pid", "net", "mnt", "cgroup")
-        links = seen(name, f"for kind in {' '.join(kinds)}; do readlink /proc/self/ns/$kind; done").splitlines()
-        return dict(zip(kinds, links, strict=True))
+    def seen(self, name: str, script: str) -> str:
+        """Return what a script prints in a container."""
+        return output_of(self._katapy, name, script).strip()
 
-    waiting = sh("echo $0 in $(hostname); trap 'exit 9' TERM; while :; do sleep 0.1; done")
-    katapy.detach("run", "--detach", "--bundle", bundle(waiting, edit=sandbox), "s1")
-    katapy.detach("run", "--detach", "--bundle", bundle(waiting, edit=member("ipc", "uts", "network")), "m1")
-    katapy.detach("run", "--detach", "--bundle", bundle(waiting, edit=member("ipc", "uts", "pid", "network")), "m2")
-    boot = "cat /proc/sys/kernel/random/boot_id"
-    assert seen("m1", boot) == seen("m2", boot) == seen("s1", boot)
-    first, second, third = namespaces("s1"), namespaces("m1"), namespaces("m2")
+    def ends(self, name: str) -> None:
+        """Wait until a container has."""
+        eventually(lambda: self._katapy.state(name)["status"] == "stopped", "it does not end")
+
+
+@pytest.fixture
+def pod(katapy: Katapy, bundle: MakeBundle) -> PodOfTwo:
+    return PodOfTwo(katapy, bundle)
+
+
+def test_a_pod_of_two(katapy: Katapy, pod: PodOfTwo) -> None:
+    """Containers in the VM of a first: what they share, and that the end of one is not the other's."""
+    kinds = ("ipc", "uts", "pid", "net", "mnt", "cgroup")
+    look = f"""cat /proc/sys/kernel/random/boot_id; hostname; ps | grep -c '[t]rap'
+        for kind in {" ".join(kinds)}; do readlink /proc/self/ns/$kind; done"""
+    pod.run("m1", "ipc", "uts", "network")
+    pod.run("m2", "ipc", "uts", "pid", "network")
+    found = {}
+    for name in ("s1", "m1", "m2"):
+        boot_id, hostname, inits, *links = pod.seen(name, look).splitlines()
+        found[name] = (boot_id, hostname, int(inits), dict(zip(kinds, links, strict=True)))
+    (_, _, _, first), (_, _, _, second), (_, _, _, third) = found.values()
     assert {kind for kind in first if first[kind] == second[kind]} == {"ipc", "uts", "net"}
     assert {kind for kind in first if first[kind] == third[kind]} == {"ipc", "uts", "net", "pid"}
-    assert seen("m1", "hostname") == "pod"
-    assert seen("m1", "echo $$; cat /proc/1/cmdline | tr '\\0' ' ' | head -c 7") != ""
-    # Its init is one process of the sandbox's namespace, and it sees that one's.
-    assert "m2" not in seen("m1", "ps")
-    inits = seen("m2", "ps | grep -c '[t]rap'")
-    assert int(inits) == 2
+    assert {boot_id for boot_id, *_ in found.values()} == {found["s1"][0]}
+    assert {hostname for _, hostname, *_ in found.values()} == {"pod"}
+    # m2's init is one process of the sandbox's namespace; they see each other.
+    assert [inits for _, _, inits, _ in found.values()] == [2, 1, 2]
 
     # As it is not pid 1 of a namespace of its own, its children are not the kernel's to kill.
     katapy.detach("exec", "--detach", "m2", "/bin/sleep", "4321")
     katapy("kill", "m2", "KILL", check=True)
-    eventually(lambda: katapy.state("m2")["status"] == "stopped", "it does not end")
-    eventually(lambda: "4321" not in seen("s1", "ps"), "its processes survive it")
+    pod.ends("m2")
+    eventually(lambda: "4321" not in pod.seen("s1", "ps"), "its processes survive it")
     assert katapy.state("s1")["status"] == katapy.state("m1")["status"] == "running"
-    katapy("delete", "m2", check=True)
     katapy("kill", "m1", "TERM", check=True)
-    eventually(lambda: katapy.state("m1")["status"] == "stopped", "it does not end")
-    katapy("delete", "m1", check=True)
-    assert seen("s1", "hostname") == "pod"
-    katapy.detach("run", "--detach", "--bundle", bundle(waiting, edit=member("pid")), "m3")
+    pod.ends("m1")
+    for name in ("m2", "m1"):
+        katapy("delete", name, check=True)
+    assert pod.seen("s1", "hostname") == "pod"
+    katapy("delete", "--force", "s1", check=True)
+
+
+def test_the_end_of_a_pod_s_sandbox(katapy: Katapy, pod: PodOfTwo) -> None:
+    """Its PID namespace ends with it, nobody comes after it, and its VM stays for who is still there."""
+    pod.run("m1", "pid")
     katapy("kill", "s1", "KILL", check=True)
-    eventually(lambda: katapy.state("s1")["status"] == "stopped", "it does not end")
+    pod.ends("s1")
     # The kernel kills what is in the PID namespace of the init that has ended.
-    eventually(lambda: katapy.state("m3")["status"] == "stopped", "it survives its PID namespace")
-    refused(katapy("create", "--bundle", bundle(waiting, edit=member("ipc")), "m4"), "s1 is stopped")
-    refused(katapy("delete", "s1"), "cannot delete s1: its VM is shared by m3")
-    assert katapy.state("m3")["status"] == "stopped"
-    katapy("delete", "m3", check=True)
+    pod.ends("m1")
+    refused(katapy("create", "--bundle", pod.bundle("ipc"), "m2"), "s1 is stopped")
+    refused(katapy("delete", "s1"), "cannot delete s1: its VM is shared by m1")
+    assert katapy.state("m1")["status"] == "stopped"
+    katapy("delete", "m1", check=True)
     katapy("delete", "s1", check=True)
