@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 SOURCE: Final = Path(__file__).resolve().parents[1]
 PAGE: Final = SOURCE / "docs/testing.md"
-_RESULTS: Final = ("build/results/*.jsonl", "build/lab-results/events.jsonl")
+_RESULTS: Final = ("build/results/*.jsonl", "build/lab-results/*/events.jsonl")
 _BETWEEN: Final = re.compile(r"(?<=<!-- features -->\n).*(?=<!-- /features -->)", re.DOTALL)
 sys.path.insert(0, str(SOURCE / "tests"))
 

@@ -41,7 +41,7 @@ FEATURES: Final[dict[str, tuple[str, ...]]] = {
         f"{_FUNCTIONAL}root_disk.py::test_a_writable_root_and_its_life",
     ),
     "two pods at once": (f"{_FUNCTIONAL}hardware.py::test_two_pods_at_once",),
-    "a pod of two containers": (f"{_FUNCTIONAL}verbs.py::test_a_pod_of_two",),
+    "a pod of two containers": (f"{_FUNCTIONAL}verbs.py::test_the_end_of_a_pod_s_sandbox",),
     "networks through taps": (
         f"{_FUNCTIONAL}pod_network.py::test_a_pod_has_the_interface_of_its_namespace",
         f"{_FUNCTIONAL}pod_network.py::test_everybody_talks_to_everybody",
@@ -57,8 +57,6 @@ FEATURES: Final[dict[str, tuple[str, ...]]] = {
         f"{_FUNCTIONAL}engines.py::test_limits",
     ),
     "cleanup after kill -9": (
-        f"{_FUNCTIONAL}failures.py::test_part_killed_during_a_foreground_run[qemu]",
-        f"{_FUNCTIONAL}failures.py::test_part_killed_during_a_foreground_run[shim]",
         f"{_FUNCTIONAL}failures.py::test_part_killed_behind_a_detached_container",
         f"{_FUNCTIONAL}containerd_kills.py::test_killed_shim",
         f"{_FUNCTIONAL}containerd_kills.py::test_killed_vm",

@@ -275,8 +275,8 @@ def test_the_pod_is_in_its_cgroup_on_the_host(katapy: Katapy, bundle: MakeBundle
     def edit(spec: dict[str, Any]) -> None:
         spec["linux"]["cgroupsPath"] = f"/katapy-test-{os.getpid()}/c1"
         spec["linux"]["resources"] |= {
-            "memory": {"limit": 64 << 20},
-            "cpu": {"quota": 150_000, "period": 100_000, "shares": 512},
+            "memory": {"limit": 128 << 20},
+            "cpu": {"quota": 50_000, "period": 100_000, "shares": 512},
         }
 
     own = _cgroup_of(os.getpid())
@@ -296,9 +296,9 @@ def test_the_pod_is_in_its_cgroup_on_the_host(katapy: Katapy, bundle: MakeBundle
         if (directory / name).exists()
     }
     memory = int(values.get("memory.limit_in_bytes") or values["memory.max"])
-    assert (64 + 128 + 128) << 20 < memory < 1 << 30  # the container's, the guest's own, QEMU's
-    assert values.get("cpu.cfs_quota_us", "175000") == "175000"  # a quarter of a CPU for QEMU itself
-    assert values.get("cpu.max", "175000 100000") == "175000 100000"
+    assert (128 + 128 + 128) << 20 < memory < 1 << 30  # the container's, the guest's own, QEMU's
+    assert values.get("cpu.cfs_quota_us", "75000") == "75000"  # a quarter of a CPU for QEMU itself
+    assert values.get("cpu.max", "75000 100000") == "75000 100000"
     os.kill(state["shim"]["pid"], signal.SIGKILL)
     katapy("delete", "--force", "c1", check=True)
     assert not any(directory.exists() for directory in directories)

@@ -203,9 +203,9 @@ def test_limits(engine: Engine) -> None:
         (for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1000 & done) 2> /dev/null
         read -r _ refused < pids.events; echo $((refused > 0))
         exec tail /dev/zero"""
-    limits = ("--memory", "64m", "--memory-swap", "64m", "--cpus", "0.5", "--pids-limit", "10")
+    limits = ("--memory", "128m", "--memory-swap", "128m", "--cpus", "0.5", "--pids-limit", "10")
     done = engine.run("--name", "c1", *limits, "--rootfs", engine.rootfs, "sh", "-c", script, check=False)
-    assert done.out.split() == [str(64 << 20), "10", "50000", "100000", "1"]
+    assert done.out.split() == [str(128 << 20), "10", "50000", "100000", "1"]
     assert done.status == 137
     # Which podman's conmon cannot see: the cgroup that it watches is another.
     assert _inspect(engine, "c1")["OOMKilled"]

@@ -137,7 +137,7 @@ def test_limits_hold(katapy: Katapy, bundle: MakeBundle) -> None:
         # CAP_MKNOD, so that only the device rules stand between the container and the guest's disk.
         for name in ("bounding", "effective", "permitted"):
             spec["process"]["capabilities"][name].append("CAP_MKNOD")
-        spec["linux"]["resources"] |= {"memory": {"limit": 64 << 20, "swap": 64 << 20}, "pids": {"limit": 20}}
+        spec["linux"]["resources"] |= {"memory": {"limit": 128 << 20, "swap": 128 << 20}, "pids": {"limit": 20}}
         spec["mounts"].append({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["size=1m"]})
 
     script = r"""

@@ -4,10 +4,10 @@ run.py [--deadline SECONDS] [TEST...]   boot it, run the selection of tests/feat
 run.py --bench                          the bench in it, by accelerator and vsock device: only its ratios mean something
 run.py --shell                          a shell in it
 
-QEMU's TCG emulates AMD's SVM, so a Debian in it has a working /dev/kvm. What the tests print is printed here while they
-run; build/lab-results holds that, the consoles, what each test did, and what the lab hands out at its end. The exit
-status is that of the tests, and 1 for a lab that ends without one or has to be ended. --release trixie makes it a
-Debian 13.
+QEMU's TCG emulates AMD's SVM, so a Debian in it has a working /dev/kvm. The selection runs in two labs side by side,
+the lanes of lanes.py. What the tests print is printed here while they run; build/lab-results, with a directory for each
+lane, holds that, the consoles, what each test did, and what the lab hands out at its end. The exit status is that of
+the tests, and 1 for a lab that ends without one or has to be ended. --release trixie makes it a Debian 13.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ import termios
 import tty
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Final
 
 import debian
+import lanes
 import recipe
-from features import FEATURES, HARDWARE
 from outcomes import Interrupted, LabError, Outcomes, Run, run_until_passed
 from progress import Progress
 from steps import BuildError, call, run_main, step
@@ -44,6 +45,7 @@ from katapy.assets.asset import DEFAULT_DATA_DIR
 SOURCE: Final = Path(__file__).resolve().parents[2]
 _BUILD: Final = SOURCE / "build"
 _RESULTS: Final = _BUILD / "lab-results"
+"""Of a lane: in a directory of its name."""
 # Of the project's directory: what has no use in the lab.
 _LEFT_OUT: Final = r"^(build|dist|\.git|\.(mypy|pytest|ruff|import_linter)_cache|\.hypothesis)(/|$)"
 # A lab takes 25 to 40 minutes where it does not die.
@@ -51,6 +53,9 @@ _DEADLINE: Final = 60 * 60.0
 # A test has 10 minutes, and then its fixtures.
 _SILENCE: Final = 20 * 60.0
 _MEMORY: Final = "5G"
+_CPUS: Final = 2
+# Two VMs on two emulated CPUs kill the host sooner or later; and two labs of one CPU do more than one of two.
+_TESTS_CPUS: Final = 1
 # String instructions and SMAP are what TCG emulates slowly: see katapy.hypervisor.cmdline.
 _CPU: Final = "max,+svm,-erms,-fsrm,-smap"
 _PARAMS: Final = "quiet panic=-1 no_timer_check clearcpuid=112 mitigations=off systemd.unit=lab.target"
@@ -62,8 +67,6 @@ _CHUNK: Final = 1 << 16
 _NOT_IN_THE_LAB: Final = {"grpcio-tools", "import-linter", "grimp", "mypy", "ruff"}
 _PACKAGES: Final = "/opt/packages"
 
-# What is worth a second run, on the vsock device that most hosts with KVM do not use.
-_WITH_OWN_VSOCK: Final = ("exec, kill, delete", "every byte of stdio")
 # Of the guests in the lab: they are emulated all the same, so what spares time under TCG does here.
 _CONFIG: Final = """[hypervisor]
 accel = "{accel}"
@@ -100,15 +103,13 @@ def plan_benches() -> list[dict[str, object]]:
     ]
 
 
-def plan(tests: Sequence[str]) -> list[dict[str, object]]:
-    """Return the runs of pytest in the lab, each with a name, its arguments and katapy's configuration."""
+def plan(lane: str, tests: Sequence[str]) -> list[dict[str, object]]:
+    """Return the runs of pytest in a lab, each with a name, its arguments and katapy's configuration."""
     if tests:
         return [{"name": "named", "tests": list(tests), "config": _config()}]
-    everything = [test for selected in (FEATURES | HARDWARE).values() for test in selected]
-    again = [test for name in _WITH_OWN_VSOCK for test in FEATURES[name]]
     return [
-        {"name": "kernel-vsock", "tests": list(dict.fromkeys(everything)), "config": _config()},
-        {"name": "user-vsock", "tests": list(dict.fromkeys(again)), "config": _config(vsock="user")},
+        {"name": name, "tests": selected, "config": _config(vsock=vsock)}
+        for name, vsock, selected in lanes.runs_of(lane)
     ]
 
 
@@ -122,15 +123,25 @@ def _fetch_packages(directory: Path, python: str) -> None:
     call([*pip, "install", *options, "--target", directory, *wanted])
 
 
+@dataclass(frozen=True)
+class Lab:
+    """What a lab is made of: its memory as QEMU takes it, and where what comes out of it is kept."""
+
+    image: recipe.HostImage
+    release: str
+    cpus: int
+    memory: str
+    results: Path
+
+
 @contextmanager
-def _disks(job: Mapping[str, object], release: str) -> Iterator[tuple[Path, Path, Path]]:
+def _disks(lab: Lab, job: Mapping[str, object]) -> Iterator[tuple[Path, Path, Path]]:
     """Yield the disks: the project with its virtual environment, a tar file of the guest's assets and the job, and one
     to write on. Templates are there: in the lab's own root, which is memory, they would count against the limit of the
     pod that makes them. For a release with another Python the tar file has its packages, too.
     """
-    directory = _BUILD / "lab-disks"
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    directory = lab.results / "disks"
+    directory.mkdir()
     project, handed, scratch = (directory / name for name in ("project.erofs", "handed.tar", "scratch.ext4"))
     try:
         with step("the project, for the lab"):
@@ -139,8 +150,8 @@ def _disks(job: Mapping[str, object], release: str) -> Iterator[tuple[Path, Path
                 for name in ("image", "kernel"):
                     path = DEFAULT_DATA_DIR / name
                     tar.add(path, str(path.relative_to("/")))
-                if release != debian.CODENAME:
-                    _fetch_packages(directory / "packages", recipe.RELEASES[release].python)
+                if lab.release != debian.CODENAME:
+                    _fetch_packages(directory / "packages", recipe.RELEASES[lab.release].python)
                     tar.add(directory / "packages", _PACKAGES)
                 document = json.dumps(job).encode()
                 member = tarfile.TarInfo("run/lab.json")
@@ -152,13 +163,23 @@ def _disks(job: Mapping[str, object], release: str) -> Iterator[tuple[Path, Path
         shutil.rmtree(directory)
 
 
-def _argv(image: recipe.HostImage, disks: Sequence[Path], ports: dict[str, int], memory: str) -> list[str]:
+def _argv(lab: Lab, disks: Sequence[Path], ports: dict[str, int]) -> list[str]:
     """Return QEMU's arguments; ``ports`` are the descriptors of the console and of virtio's ports by their names."""
-    argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", _CPU, "-smp", "2"]
-    argv += ["-m", memory, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-    argv += ["-kernel", str(image.kernel), "-initrd", str(image.initramfs)]
+    argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", _CPU]
+    argv += [
+        "-smp",
+        str(lab.cpus),
+        "-m",
+        lab.memory,
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]
+    argv += ["-kernel", str(lab.image.kernel), "-initrd", str(lab.image.initramfs)]
     argv += ["-append", f"console=ttyS0 {_PARAMS}", "-device", "virtio-serial-pci"]
-    for number, path in enumerate((image.root, *disks)):
+    for number, path in enumerate((lab.image.root, *disks)):
         # Nobody needs what is on the scratch disk once the lab has ended.
         options = "cache=unsafe" if path.suffix == ".ext4" else "readonly=on"
         argv += ["-drive", f"file={path},if=none,id=disk{number},format=raw,{options}"]
@@ -173,9 +194,7 @@ def _argv(image: recipe.HostImage, disks: Sequence[Path], ports: dict[str, int],
 
 
 @contextmanager
-def _start(
-    image: recipe.HostImage, disks: Sequence[Path], names: Sequence[str], memory: str
-) -> Iterator[dict[str, socket.socket]]:
+def _start(lab: Lab, disks: Sequence[Path], names: Sequence[str]) -> Iterator[dict[str, socket.socket]]:
     """Run the lab; yield our ends of its ports. It is gone afterwards, whatever happens."""
     with ExitStack() as stack:
         pairs = {name: socket.socketpair() for name in names}
@@ -183,8 +202,8 @@ def _start(
             stack.enter_context(ours)
             stack.enter_context(theirs)
         ports = {name: theirs.fileno() for name, (_, theirs) in pairs.items()}
-        argv = ["setpriv", "--pdeathsig=KILL", "--", *_argv(image, disks, ports, memory)]
-        with (_RESULTS / "qemu.log").open("wb") as log:
+        argv = ["setpriv", "--pdeathsig=KILL", "--", *_argv(lab, disks, ports)]
+        with (lab.results / "qemu.log").open("wb") as log:
             # A group of its own: what interrupts us must not end it before we have said where it is.
             process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=ports.values(), process_group=0
@@ -228,34 +247,32 @@ def _bounded(file: io.FileIO, limit: int) -> Callable[[bytes], None]:
     return write
 
 
-def test(image: recipe.HostImage, release: str, runs: Sequence[Run], deadline: float, memory: str) -> int:
+def test(lab: Lab, runs: Sequence[Run], deadline: float) -> int:
     """Run tests and return their exit status. Raises LabError."""
     ends = monotonic() + deadline
 
-    def lab(runs: Sequence[Run], outcomes: Outcomes) -> int:
+    def once(runs: Sequence[Run], outcomes: Outcomes) -> int:
         progress = Progress(outcomes)
         try:
-            return work(image, release, runs, ends - monotonic(), memory, progress)
+            return work(lab, runs, ends - monotonic(), progress)
         except LabError:
             progress.died()
             raise
 
-    return run_until_passed(runs, lab, ends)
+    return run_until_passed(runs, once, ends)
 
 
-def work(
-    image: recipe.HostImage, release: str, runs: Sequence[Run], deadline: float, memory: str, progress: Progress
-) -> int:
+def work(lab: Lab, runs: Sequence[Run], deadline: float, progress: Progress) -> int:
     """Run tests or benches in a lab; return their exit status. Raises LabError where it has none."""
     job = {"project": str(SOURCE), "runs": runs}
     with ExitStack() as stack:
-        disks = stack.enter_context(_disks(job, release))
+        disks = stack.enter_context(_disks(lab, job))
         console, output, events = (
             # Unbuffered: somebody may look at them meanwhile. What a lab before this one has said stays.
-            stack.enter_context((_RESULTS / name).open("ab", buffering=0))
+            stack.enter_context((lab.results / name).open("ab", buffering=0))
             for name in ("console.log", "output.log", "events.jsonl")
         )
-        results = stack.enter_context((_RESULTS / "results.tar").open("wb", buffering=0))
+        results = stack.enter_context((lab.results / "results.tar").open("wb", buffering=0))
         keep = _bounded(output, _RESULTS_MAX)
 
         def show(data: bytes) -> None:
@@ -274,22 +291,22 @@ def work(
             "results": _bounded(results, _RESULTS_MAX),
         }
         began = monotonic()
-        with _start(image, disks, list(takers), memory) as ports:
+        with _start(lab, disks, list(takers)) as ports:
             ended = _listen(ports, takers, began + deadline)
         if not ended:
             took = monotonic() - began
-            raise LabError(f"the lab was ended after {took:.0f} s: it hung {progress.place()}{_last_words()}")
-        _unpack(_RESULTS / "results.tar")
+            raise LabError(f"the lab was ended after {took:.0f} s: it hung {progress.place()}{_last_words(lab)}")
+        _unpack(lab.results / "results.tar")
         if progress.status is None:
-            raise LabError(f"the lab has ended by itself {progress.place()}{_last_words()}")
+            raise LabError(f"the lab has ended by itself {progress.place()}{_last_words(lab)}")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     times = f"{monotonic() - began:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of CPU"
-    print(f"lab: status {progress.status} after {times}; more in {_RESULTS}", flush=True)
+    print(f"lab: status {progress.status} after {times}; more in {lab.results}", flush=True)
     return progress.status
 
 
-def _last_words() -> str:
-    lines = [line for name in ("qemu.log", "console.log") for line in _lines(_RESULTS / name)]
+def _last_words(lab: Lab) -> str:
+    lines = [line for name in ("qemu.log", "console.log") for line in _lines(lab.results / name)]
     return "\n    ".join(["\nlast lines of its console:", *lines[-_CONSOLE_LINES:]])
 
 
@@ -304,20 +321,20 @@ def _unpack(archive: Path) -> None:
             for member in tar:
                 file = tar.extractfile(member) if member.isfile() else None
                 if file is not None:
-                    (_RESULTS / Path(member.name).name).write_bytes(file.read())
+                    (archive.parent / Path(member.name).name).write_bytes(file.read())
     except tarfile.TarError as error:
         print(f"lab: its results are damaged: {error}", file=sys.stderr)
     else:
         archive.unlink()
 
 
-def shell(image: recipe.HostImage, release: str, memory: str) -> int:
+def shell(lab: Lab) -> int:
     """Give a shell in the lab; it ends with it."""
     job = {"project": str(SOURCE), "shell": list(os.get_terminal_size(0)), "term": os.environ.get("TERM", "linux")}
     with ExitStack() as stack:
-        disks = stack.enter_context(_disks(job, release))
-        console = stack.enter_context((_RESULTS / "console.log").open("wb"))
-        ports = stack.enter_context(_start(image, disks, ["console", "shell"], memory))
+        disks = stack.enter_context(_disks(lab, job))
+        console = stack.enter_context((lab.results / "console.log").open("wb"))
+        ports = stack.enter_context(_start(lab, disks, ["console", "shell"]))
         saved = termios.tcgetattr(0)
         stack.callback(termios.tcsetattr, 0, termios.TCSADRAIN, saved)
         tty.setraw(0)
@@ -337,31 +354,46 @@ def _interrupted(number: int, _frame: object) -> None:
     raise Interrupted(f"interrupted by signal {number}")
 
 
-def main() -> None:
-    """Do what the command line says."""
+def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="run tests on an emulated host with KVM")
     parser.add_argument("--shell", action="store_true", help="a shell instead of tests")
     parser.add_argument("--bench", action="store_true", help="the bench instead of tests")
     parser.add_argument("--deadline", type=float, help="seconds for all of it")
-    parser.add_argument("--memory", default=_MEMORY, help="of the lab, as QEMU takes it")
+    parser.add_argument("--memory", default=_MEMORY, help="of a lab, as QEMU takes it")
     parser.add_argument("--release", choices=recipe.RELEASES, default=debian.CODENAME, help="of Debian")
+    parser.add_argument("--lane", choices=lanes.LANES, help="only this part of the selection")
     parser.add_argument("tests", nargs="*", help="node ids or options of pytest, after --")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Return the exit status. Raises LabError and BuildError."""
+    image = recipe.provide(_BUILD / "lab", options.release)
+    selection = not (options.shell or options.bench or options.tests)
+    if selection and options.lane is None:
+        return lanes.run_beside([sys.executable, sys.argv[0]], sys.argv[1:])
+    results = _RESULTS / (options.lane or "")
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir(parents=True)
+    tests = not (options.shell or options.bench)
+    lab = Lab(image, options.release, _TESTS_CPUS if tests else _CPUS, options.memory, results)
+    if options.shell:
+        return shell(lab)
+    if options.bench:
+        return work(lab, plan_benches(), options.deadline or _BENCH_DEADLINE, Progress())
+    return test(lab, plan(options.lane, options.tests), options.deadline or _DEADLINE)
+
+
+def main() -> None:
+    """Do what the command line says."""
+    options = _parse_options()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupted)
-    shutil.rmtree(_RESULTS, ignore_errors=True)
-    _RESULTS.mkdir(parents=True)
+    if options.lane is None:
+        shutil.rmtree(_RESULTS, ignore_errors=True)
     try:
-        image = recipe.provide(_BUILD / "lab", options.release)
-        if options.shell:
-            sys.exit(shell(image, options.release, options.memory))
-        if options.bench:
-            deadline = options.deadline or _BENCH_DEADLINE
-            sys.exit(work(image, options.release, plan_benches(), deadline, options.memory, Progress()))
-        sys.exit(test(image, options.release, plan(options.tests), options.deadline or _DEADLINE, options.memory))
-    except LabError as error:
-        sys.exit(f"lab: {error}")
-    except BuildError as error:
+        sys.exit(_run(options))
+    except (LabError, BuildError) as error:
         sys.exit(f"lab: {error}")
 
 
