@@ -21,6 +21,7 @@ _SECOND: Final = (
     "cleanup after kill -9",
     "CIDs of the kernel's vsock",
     "vhost-net",
+    "systemd makes the cgroups",
 )
 # What is worth a second run, on the vsock device that most hosts with KVM do not use.
 _WITH_OWN_VSOCK: Final = (
