@@ -301,7 +301,7 @@ def test_a_start_container_hook_that_fails(
 class PodOfTwo:
     """A pod whose sandbox is ``s1``; ``run`` puts another container into its VM."""
 
-    # Says TERM when it ends by it.
+    # SIGTERM ends it, also as the init of a PID namespace.
     WAITING = sh("trap 'exit 9' TERM; while :; do sleep 0.1; done")
 
     def __init__(self, katapy: Katapy, bundle: MakeBundle) -> None:

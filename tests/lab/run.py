@@ -166,17 +166,8 @@ def _disks(lab: Lab, job: Mapping[str, object]) -> Iterator[tuple[Path, Path, Pa
 def _argv(lab: Lab, disks: Sequence[Path], ports: dict[str, int]) -> list[str]:
     """Return QEMU's arguments; ``ports`` are the descriptors of the console and of virtio's ports by their names."""
     argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", _CPU]
-    argv += [
-        "-smp",
-        str(lab.cpus),
-        "-m",
-        lab.memory,
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-no-reboot",
-    ]
+    argv += ["-smp", str(lab.cpus), "-m", lab.memory]
+    argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     argv += ["-kernel", str(lab.image.kernel), "-initrd", str(lab.image.initramfs)]
     argv += ["-append", f"console=ttyS0 {_PARAMS}", "-device", "virtio-serial-pci"]
     for number, path in enumerate((lab.image.root, *disks)):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import lanes
@@ -44,16 +44,24 @@ os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)
 
 def test_they_end_with_what_waits_for_them(tmp_path: Path) -> None:
     """An interrupt reaches both, and nothing is left."""
-    script = f"import os, time; open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w'); time.sleep(1000)"
+    fifo = tmp_path / "pids"
+    os.mkfifo(fifo)
+    said = os.open(fifo, os.O_RDWR)
+    script = f"import os, signal; open({str(fifo)!r}, 'w').write(f'{{os.getpid()}}\\n'); signal.pause()"
+    found = bytearray()
 
     def interrupt() -> None:
-        while len(list(tmp_path.iterdir())) < len(lanes.LANES):
-            time.sleep(0.01)
-        os.kill(os.getpid(), 2)
+        while found.count(b"\n") < len(lanes.LANES):
+            found.extend(os.read(said, 100))
+        os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
         lanes.run_beside([sys.executable, "-c", script], [])
-    for path in tmp_path.iterdir():
+    thread.join()
+    os.close(said)
+    assert len(found.split()) == len(lanes.LANES)
+    for pid in found.split():
         with pytest.raises(ProcessLookupError):
-            os.kill(int(path.name), 0)
+            os.kill(int(pid), 0)
