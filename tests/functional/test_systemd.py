@@ -25,7 +25,7 @@ def test_a_pod_is_a_scope_of_systemds(katapy: Katapy, bundle: MakeBundle, end: s
 
     def edit(spec: dict[str, Any]) -> None:
         spec["linux"]["cgroupsPath"] = "katapytest.slice:katapy:c1"
-        spec["linux"]["resources"] |= {"memory": {"limit": 64 << 20}, "cpu": {"quota": 150_000, "period": 100_000}}
+        spec["linux"]["resources"] |= {"memory": {"limit": 128 << 20}, "cpu": {"quota": 50_000, "period": 100_000}}
 
     unit = "katapy-c1.scope"
     katapy.options = ("--systemd-cgroup",)
@@ -38,10 +38,10 @@ def test_a_pod_is_a_scope_of_systemds(katapy: Katapy, bundle: MakeBundle, end: s
     directory = Path(f"/sys/fs/cgroup{expected}")
     memory = (directory / "memory.max").read_text().strip()
     assert memory == _show(unit, "MemoryMax")
-    assert (64 + 128 + 128) << 20 < int(memory) < 1 << 30  # the container's, the guest's own, QEMU's
+    assert (128 + 128 + 128) << 20 < int(memory) < 1 << 30  # the container's, the guest's own, QEMU's
     subprocess.run(["systemctl", "daemon-reload"], check=True)
     assert (directory / "memory.max").read_text().strip() == memory
-    assert (directory / "cpu.max").read_text().strip() == "175000 100000"  # a quarter of a CPU for QEMU itself
+    assert (directory / "cpu.max").read_text().strip() == "75000 100000"  # a quarter of a CPU for QEMU itself
     assert katapy("exec", "c1", "echo", "up", check=True).stdout == b"up\n"
     if end != "delete":
         os.kill(state["shim"]["pid"], signal.SIGKILL)

@@ -17,7 +17,6 @@ _SECOND: Final = (
     "cgroups of the host",
     "networks through taps",
     "containerd",
-    "podman",
     "cleanup after kill -9",
     "CIDs of the kernel's vsock",
     "vhost-net",

@@ -165,7 +165,7 @@ def _disks(lab: Lab, job: Mapping[str, object]) -> Iterator[tuple[Path, Path, Pa
 
 def _argv(lab: Lab, disks: Sequence[Path], ports: dict[str, int]) -> list[str]:
     """Return QEMU's arguments; ``ports`` are the descriptors of the console and of virtio's ports by their names."""
-    argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", _CPU]
+    argv = ["qemu-system-x86_64", "-machine", "q35,hpet=off", "-accel", "tcg,thread=multi", "-cpu", _CPU]
     argv += ["-smp", str(lab.cpus), "-m", lab.memory]
     argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     argv += ["-kernel", str(lab.image.kernel), "-initrd", str(lab.image.initramfs)]
