@@ -6,13 +6,14 @@ Of katapy there are two: "warm" restores a template, "cold" boots.
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from containers import Runtime
 from context import Bench
-from figures import BenchError, Recorder
+from figures import BenchError, Recorder, progress
 
 BARE: Final = "bare VM to its first process"
 
@@ -41,14 +42,16 @@ def measure(bench: Bench) -> Recorder:
     true, echo, sleep = (bench.bundles.make(*args) for args in (["true"], ["echo", "here"], ["sleep", "100000"]))
     for runtime in bench.runtimes:
         # The first start of a shape makes its template, and reads from the disk what is in memory afterwards.
-        runtime.run(true)
+        took = runtime.run(true)
+        progress(f"start: the first of {runtime.name}: {took:.1f} s")
     for _ in range(bench.plan.runs):
         recorder.add(BARE, bench.bare.boot())
         for runtime in bench.runtimes:
             recorder.add(f"run true, {runtime.name}", runtime.run(true), beside=BARE)
             recorder.add(f"first byte of output, {runtime.name}", runtime.first_byte(echo), beside=BARE)
             _verbs(recorder, runtime, sleep)
-    for _ in range(min(bench.plan.runs, 3)):
+    # On one CPU they only wait for each other.
+    for _ in range(min(bench.plan.runs, 3) if (os.cpu_count() or 1) > 1 else 0):
         for runtime in bench.runtimes:
             _at_once(recorder, runtime, true, bench.plan.at_once)
     return recorder
