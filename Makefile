@@ -52,12 +52,10 @@ $(HELLO)/config.json: build/packages $(wildcard /bin/busybox) $(addprefix $(HELL
 		$(call gone,$(HELLO)/rootfs/bin/hello) $(rebooted)
 	@$(HELLO)/prepare
 
-test: setup lint ## all tests but the long ones; as root
+test: setup ## all tests but the long ones, and lint; as root
 	@scripts/setup test-tools
-	@mkdir -p build/results && rm -f build/results/*
-	@for tests in tests/unit guest-agent/tests; do echo "$$tests:"; $(BIN)/pytest -q -m 'not soak' $$tests || exit 1; done
-	@echo tests/integration:; KATAPY_RECORD=$(CURDIR)/build/results/integration.jsonl $(BIN)/pytest -q -m 'not soak' tests/integration
-	@echo tests/functional:; $(BIN)/python scripts/functional_tests.py
+	@rm -f build/results/*
+	@$(BIN)/python scripts/all_tests.py
 
 unit: .venv/installed ## the tests that need no root and no virtual machine
 	@$(BIN)/pytest -q -m 'not root and not vm and not soak' tests/unit

@@ -1,0 +1,59 @@
+"""The two lanes of all tests: what a failure stops, and that no test is left out."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import all_tests
+import pytest
+
+_DEADLINE = 60.0
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> all_tests.Runner:
+    monkeypatch.setattr(all_tests, "RESULTS", tmp_path)
+    return all_tests.Runner()
+
+
+def test_what_fails_without_a_vm_stops_both_lanes(runner: all_tests.Runner, tmp_path: Path) -> None:
+    never = {"never": ["touch", str(tmp_path / "never")]}
+    with (tmp_path / "log").open("wb") as log:
+        other = threading.Thread(target=runner.run, args=({"long": ["sleep", "1000"], **never}, log), daemon=True)
+        other.start()
+        # The other lane has begun when this one fails.
+        follow = f"until grep -q long: {tmp_path}/log; do sleep 0.1; done; exit 1"
+        runner.run({"quick": ["sh", "-c", follow], **never}, None)
+        other.join(_DEADLINE)
+    assert not other.is_alive()
+    assert runner.failed.is_set()
+    assert not (tmp_path / "never").exists()
+
+
+def test_what_fails_with_vms_is_said_at_the_end(
+    runner: all_tests.Runner, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        runner.run({"vms": ["unshare", "--no-such-option"], "next": ["touch", str(tmp_path / "next")]}, log)
+    assert runner.failed.is_set()
+    assert (tmp_path / "next").exists()
+    said = capfd.readouterr().out.splitlines()
+    assert [line.split(" after ")[0] for line in said] == ["vms: failed", "next: done"]
+
+
+def test_a_lane_that_finds_no_tests_has_not_failed(runner: all_tests.Runner) -> None:
+    runner.run({"none": ["sh", "-c", f"exit {pytest.ExitCode.NO_TESTS_COLLECTED.value}"]}, None)
+    assert not runner.failed.is_set()
+
+
+def test_every_file_is_in_a_lane() -> None:
+    """Once, and once more with VMs that are booted where it is of the runtime itself."""
+    first, second = all_tests.plan_lanes([])
+    files = {str(path.relative_to(all_tests.SOURCE)) for path in all_tests.TESTS.glob("test_*.py")}
+    named = [word for name in ("engines", "sandboxes") for word in first[name] if word in files]
+    named += [word for word in second["runtime"] if word in files]
+    assert sorted(named) == sorted(files)
+    assert [word for word in second["cold"] if word in files] == [word for word in second["runtime"] if word in files]
+    everything = {word for lane in (first, second) for command in lane.values() for word in command}
+    assert {"tests/unit", "guest-agent/tests", "tests/integration"} <= everything
