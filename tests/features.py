@@ -29,10 +29,7 @@ FEATURES: Final[dict[str, tuple[str, ...]]] = {
         f"{_INTEGRATION}cgroup.py",
         f"{_FUNCTIONAL}contract.py::test_the_pod_is_in_its_cgroup_on_the_host",
     ),
-    "a root that is a disk": (
-        f"{_FUNCTIONAL}root_disk.py::test_a_read_only_root",
-        f"{_FUNCTIONAL}root_disk.py::test_a_writable_root_and_its_life",
-    ),
+    "a root that is a disk": (f"{_FUNCTIONAL}root_disk.py::test_a_writable_root_and_its_life",),
     "two pods at once": (f"{_FUNCTIONAL}hardware.py::test_two_pods_at_once",),
     "a pod of two containers": (f"{_FUNCTIONAL}verbs.py::test_the_end_of_a_pod_s_sandbox",),
     "networks through taps": (

@@ -13,6 +13,7 @@ from features import FEATURES, HARDWARE
 
 # Of the second lane, chosen so that both take as long; tests that need the same template are in the same one.
 _SECOND: Final = (
+    "run and exit status",
     "limits of memory (OOM), pids, devices",
     "cgroups of the host",
     "networks through taps",
@@ -23,10 +24,7 @@ _SECOND: Final = (
     "systemd makes the cgroups",
 )
 # What is worth a second run, on the vsock device that most hosts with KVM do not use.
-_WITH_OWN_VSOCK: Final = (
-    "tests/functional/test_run.py::test_detach_exec_kill_delete",
-    "tests/functional/test_stdio.py::test_much_through_cat",
-)
+_WITH_OWN_VSOCK: Final = ("tests/functional/test_run.py::test_detach_exec_kill_delete",)
 
 LANES: Final = ("pods", "engines")
 
