@@ -176,7 +176,8 @@ def test_a_maker_that_is_killed_leaves_nothing_in_the_way(katapy_with: MakeKatap
     assert [path.name for path in place.glob(".*")] == []
 
 
-def test_twenty_of_one_template_are_nobodys_twin(katapy: Katapy, bundle: MakeBundle) -> None:
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.soak)])
+def test_those_of_one_template_are_nobodys_twin(katapy: Katapy, bundle: MakeBundle, count: int) -> None:
     """Restored from the same memory, and yet each has its own randomness, ids and name, and all have the right time."""
 
     def with_python(spec: dict[str, Any]) -> None:
@@ -193,7 +194,7 @@ print(os.getrandom(16).hex(), uuid.uuid4().hex, random.random(), boot_id,
 print(time.time(), time.monotonic(), os.uname().nodename)
 """
     seen: list[list[str]] = []
-    for number in range(20):
+    for number in range(count):
         name = f"twin{number}"
 
         def edit(spec: dict[str, Any], name: str = name) -> None:
@@ -209,5 +210,5 @@ print(time.time(), time.monotonic(), os.uname().nodename)
         assert hostname == name
         seen.append(random_line.split())
     for values in zip(*seen, strict=True):
-        assert len(set(values)) == 20
-    assert len({value for line in seen for value in line}) == 20 * 6
+        assert len(set(values)) == count
+    assert len({value for line in seen for value in line}) == count * 6
