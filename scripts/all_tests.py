@@ -79,7 +79,17 @@ class Runner:
                 process.send_signal(signal.SIGINT)
 
     def run(self, lane: Lane, output: BinaryIO | None) -> None:
-        """Run a lane to its end; what it prints goes to ``output``, or where ours does."""
+        """Run a lane to its end; what it prints goes to ``output``, or where ours does.
+
+        Raises OSError where a program cannot be started, which stops both lanes.
+        """
+        try:
+            self._run(lane, output)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _run(self, lane: Lane, output: BinaryIO | None) -> None:
         for name, command in lane.items():
             _say(f"{name}:", output)
             began = monotonic()

@@ -134,8 +134,8 @@ class Lab:
     memory: str
     results: Path
     counted: bool = False
-    """Whether an instruction is a nanosecond to it. Else its time is ours, and where TCG emulates a VM within it, that
-    takes more time for one timer's interrupt than lies between two of them, and does nothing else."""
+    """Whether an instruction is a nanosecond to it. Else its time is ours, and a VM that TCG emulates within it was not
+    seen to boot: one timer's interrupt seems to take longer there than lies between two."""
 
 
 @contextmanager

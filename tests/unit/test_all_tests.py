@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -18,13 +19,15 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> all_tests.Runner:
 
 
 def test_what_fails_without_a_vm_stops_both_lanes(runner: all_tests.Runner, tmp_path: Path) -> None:
+    began = tmp_path / "began"
+    os.mkfifo(began)
+    long = {"long": ["sh", "-c", f"echo > {began}; exec sleep 1000"]}
     never = {"never": ["touch", str(tmp_path / "never")]}
     with (tmp_path / "log").open("wb") as log:
-        other = threading.Thread(target=runner.run, args=({"long": ["sleep", "1000"], **never}, log), daemon=True)
+        other = threading.Thread(target=runner.run, args=({**long, **never}, log), daemon=True)
         other.start()
         # The other lane has begun when this one fails.
-        follow = f"until grep -q long: {tmp_path}/log; do sleep 0.1; done; exit 1"
-        runner.run({"quick": ["sh", "-c", follow], **never}, None)
+        runner.run({"quick": ["sh", "-c", f"read line < {began}; exit 1"], **never}, None)
         other.join(_DEADLINE)
     assert not other.is_alive()
     assert runner.failed.is_set()
@@ -40,6 +43,12 @@ def test_what_fails_with_vms_is_said_at_the_end(
     assert (tmp_path / "next").exists()
     said = capfd.readouterr().out.splitlines()
     assert [line.split(" after ")[0] for line in said] == ["vms: failed", "next: done"]
+
+
+def test_a_program_that_is_missing_is_a_failure(runner: all_tests.Runner) -> None:
+    with pytest.raises(FileNotFoundError):
+        runner.run({"missing": ["/no/such/program"]}, None)
+    assert runner.failed.is_set()
 
 
 def test_a_lane_that_finds_no_tests_has_not_failed(runner: all_tests.Runner) -> None:
