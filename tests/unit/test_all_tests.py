@@ -38,11 +38,11 @@ def test_what_fails_with_vms_is_said_at_the_end(
     runner: all_tests.Runner, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with (tmp_path / "log").open("wb") as log:
-        runner.run({"vms": ["unshare", "--no-such-option"], "next": ["touch", str(tmp_path / "next")]}, log)
+        runner.run({"cold": ["false"], "next": ["touch", str(tmp_path / "next")]}, log)
     assert runner.failed.is_set()
     assert (tmp_path / "next").exists()
     said = capfd.readouterr().out.splitlines()
-    assert [line.split(" after ")[0] for line in said] == ["vms: failed", "next: done"]
+    assert [line.split(" after ")[0] for line in said] == ["cold: failed", "next: done"]
 
 
 def test_a_program_that_is_missing_is_a_failure(runner: all_tests.Runner) -> None:
@@ -66,3 +66,9 @@ def test_every_file_is_in_a_lane() -> None:
     assert [word for word in second["cold"] if word in files] == [word for word in second["runtime"] if word in files]
     everything = {word for lane in (first, second) for command in lane.values() for word in command}
     assert {"tests/unit", "guest-agent/tests", "tests/integration"} <= everything
+
+
+def test_no_run_of_pytest_sees_another_s_mounts() -> None:
+    """Tests compare all mounts before and after, and the other lane mounts what it likes meanwhile."""
+    commands = [command for lane in all_tests.plan_lanes([]) for command in lane.values() if command[0] != "make"]
+    assert all(command[:4] == ["unshare", "--mount", "--propagation", "private"] for command in commands)
