@@ -1,4 +1,4 @@
-# katapy on Debian 12: `make run` and `make test` do the set-up themselves. `make help` lists the rest.
+# katapy on Debian 12 and 13: `make run` and `make test` do the set-up themselves. `make help` lists the rest.
 
 PREFIX ?= /usr/local
 DESTDIR ?=

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import debian
 import pytest
 from harness import DEADLINE, Katapy, MakeBundle
 
@@ -67,24 +68,24 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Debian with Python, from the host's own apt sources."""
+def debian_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Debian with Python, the guest's release, from the host's own mirrors."""
     rootfs = tmp_path_factory.mktemp("debian") / "rootfs"
-    argv = ["mmdebstrap", "--quiet", "--mode=root", "--variant=extract", "--include=python3,libc-bin", "bookworm"]
+    argv = ["mmdebstrap", "--quiet", "--mode=root", "--variant=extract", "--include=python3,libc-bin", debian.CODENAME]
     # Extracted, not configured: no maintainer script runs, nothing is mounted.
-    subprocess.run([*argv, str(rootfs)], check=True, stdin=subprocess.DEVNULL, timeout=600)
+    subprocess.run([*argv, str(rootfs), "-"], check=True, input=debian.archives().encode(), timeout=600)
     (rootfs / "data").mkdir()
     return rootfs
 
 
-def test_python_in_debian(katapy: Katapy, bundle: MakeBundle, debian: Path) -> None:
+def test_python_in_debian(katapy: Katapy, bundle: MakeBundle, debian_root: Path) -> None:
     """It computes, forks, threads, talks over loopback and writes files; and the host sees what it wrote."""
 
     def edit(spec: dict[str, Any]) -> None:
         spec["mounts"].append({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"})
         spec["linux"]["resources"]["memory"] = {"limit": 256 << 20}
 
-    directory = bundle(["/usr/bin/python3.11", "-c", PROGRAM], rootfs=debian, edit=edit)
+    directory = bundle(["/usr/bin/python3.11", "-c", PROGRAM], rootfs=debian_root, edit=edit)
     done = katapy("run", "--bundle", directory, "c1", timeout=3 * DEADLINE)
     assert done.returncode == 0, done.stderr.decode()
     assert json.loads(done.stdout) == {
@@ -98,11 +99,11 @@ def test_python_in_debian(katapy: Katapy, bundle: MakeBundle, debian: Path) -> N
         "tmp": "/tmp",
         "interfaces": ["lo"],
     }
-    tree = debian / "data/tree"
+    tree = debian_root / "data/tree"
     assert (tree / "renamed").stat().st_nlink == 2
     assert (tree / "renamed").stat().st_mode & 0o777 == 0o640
     assert (tree / "link").readlink() == Path("renamed")
     assert (tree / "file199").read_text() == "199" * 100
-    with sqlite3.connect(debian / "data/data.db") as database:
+    with sqlite3.connect(debian_root / "data/data.db") as database:
         assert database.execute("select count(*), sum(n) from t").fetchone() == (1000, 499500)
     database.close()

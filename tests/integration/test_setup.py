@@ -64,6 +64,8 @@ class Host:
 
     def __init__(self, directory: Path) -> None:
         self.checkout, self.programs = directory / "checkout", directory / "programs"
+        self.os_release = directory / "os-release"
+        self.os_release.write_text('ID=debian\nVERSION_ID="12"\n')
         (self.checkout / "scripts").mkdir(parents=True)
         shutil.copy(SOURCE / "scripts/setup", self.checkout / "scripts")
         for name, text in FAKES.items():
@@ -72,7 +74,7 @@ class Host:
     def setup(self, what: str) -> subprocess.CompletedProcess[str]:
         """Run scripts/setup."""
         path = f"{self.programs}:{os.environ['PATH']}"
-        env = os.environ | {"PATH": path, "PYTHON": str(self.programs / "python")}
+        env = os.environ | {"PATH": path, "PYTHON": str(self.programs / "python"), "OS_RELEASE": str(self.os_release)}
         return subprocess.run([self.checkout / "scripts/setup", what], env=env, capture_output=True, text=True)
 
     def calls(self, program: str) -> list[str]:
@@ -142,6 +144,16 @@ def test_an_installation_under_way_is_waited_for(host: Host) -> None:
     """A fresh machine in a cloud installs its updates, and apt-get failed at once: it could not get dpkg's lock."""
     host.setup("packages")
     assert {"DPkg::Lock::Timeout=300" in call for call in host.calls("apt-get") if "install" in call} == {True}
+
+
+@pytest.mark.parametrize(("what", "package"), [("packages", "virtiofsd"), ("test-tools", "netavark")])
+def test_later_releases_have_packages_of_their_own(host: Host, what: str, package: str) -> None:
+    """On Debian 13 there was no virtiofsd."""
+    assert host.setup(what).returncode == 0
+    assert not any(package in call.split() for call in host.calls("apt-get"))
+    host.os_release.write_text('ID=debian\nVERSION_ID="13"\n')
+    assert host.setup(what).returncode == 0
+    assert any(package in call.split() for call in host.calls("apt-get"))
 
 
 @pytest.mark.root

@@ -118,7 +118,7 @@ def provide(cache: Path, release: str = debian.CODENAME) -> HostImage:
 
     Those of other recipes go. Raises BuildError.
     """
-    archives = debian.archives().replace(debian.CODENAME, release)
+    archives = debian.archives(release)
     digest = hashlib.sha256(Path(__file__).read_bytes() + archives.encode()).hexdigest()[:16]
     image = HostImage(cache / release / digest)
     if not image.directory.exists():
