@@ -97,6 +97,10 @@ def _seconds(value: object) -> float:
     return float(value)
 
 
+def _seconds_or_none(value: object) -> float:
+    return 0.0 if value == 0 and not isinstance(value, bool) else _seconds(value)
+
+
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError("expected true or false")
@@ -270,6 +274,13 @@ class Runtime:
     boot_timeout: float = field(
         default=120.0,
         metadata=_key(_seconds, "Seconds that a VM has to boot; a busy machine without KVM may need many."),
+    )
+    agent_timeout: float = field(
+        default=120.0,
+        metadata=_key(
+            _seconds_or_none,
+            "Seconds that a VM's agent may be silent before the VM is taken for dead and killed; `0`: any time.",
+        ),
     )
 
 

@@ -64,6 +64,10 @@ class AgentClient:
                 response_deserializer=GetMessageClass(method.output_type).FromString,
             )
 
+    async def check(self, *, deadline: float) -> None:
+        """Have the agent give a sign of life. ``deadline`` in seconds. Raises Timeout or Unavailable."""
+        await self._call("GetGuestDetails", agent_pb2.Empty(), deadline)
+
     async def create_sandbox(self, sandbox_id: str, *, hostname: str, shared_tag: str, network: Network) -> None:
         """Make the VM the pod's own: randomness and the wall clock before all else, then what is named here."""
         request = agent_pb2.CreateSandboxRequest(

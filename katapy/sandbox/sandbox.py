@@ -26,6 +26,7 @@ from katapy.oci.update import parse_change
 from katapy.proto import agent_pb2
 from katapy.sandbox.container import Container
 from katapy.sandbox.creation import create_in_guest, exec_in_guest
+from katapy.sandbox.health import watch_agent
 from katapy.sandbox.hooks import hooks_seconds
 from katapy.sandbox.host import Host, await_stand_in, remove_cgroup
 from katapy.sandbox.host_cgroup import HostCgroup
@@ -435,6 +436,9 @@ class Sandbox:
                     asyncio.create_task(self._on_events(machine), name="watch the guest's events"),
                     asyncio.create_task(network.follow(machine), name="watch the network"),
                 ]
+                if silence := self._config.runtime.agent_timeout:
+                    watch = asyncio.create_task(watch_agent(machine, silence), name="watch the agent")
+                    self._watches.append(watch)
         return self._alive()
 
     async def _start_machine(self, container: Container, hooks: asyncio.Task[None]) -> tuple[Machine, SandboxNetwork]:

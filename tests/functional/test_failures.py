@@ -121,6 +121,25 @@ def test_guest_that_does_not_answer(katapy: Katapy, bundle: MakeBundle) -> None:
     katapy("delete", "--force", "c1", check=True)
 
 
+def test_guest_that_stands_still(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
+    """Whoever waited for it waited for ever."""
+    config = tmp_path / "katapy.toml"
+    config.write_text("[runtime]\nagent_timeout = 6\n")
+    config.chmod(0o600)
+    katapy.options = ("--config", str(config))
+    pipe = subprocess.PIPE
+    with katapy.start(
+        "run", "--bundle", bundle(["sh", "-c", "echo up; sleep 1000"]), "c1", stdout=pipe, stderr=pipe
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"up\n"
+        os.kill(_pid_of(katapy, "c1", "qemu"), signal.SIGSTOP)
+        _, error = process.communicate(timeout=SOON)
+    assert process.returncode == 1
+    assert b"the VM of c1 was killed: its agent has not answered for 6 s" in error
+    assert katapy("list", "-q").stdout == b""
+
+
 def test_agent_that_does_not_answer(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
     """The VM goes on, but nobody hears its agent: SIGKILL ends it within its time, and `state` says so."""
     config = tmp_path / "katapy.toml"

@@ -90,6 +90,7 @@ def test_every_key_is_taken() -> None:
         [runtime]
         data_dir = "/d"
         boot_timeout = 7
+        agent_timeout = 0
     """
     values = parse_toml(text.encode(), what="f")
     assert values["hypervisor"] == {
@@ -117,7 +118,7 @@ def test_every_key_is_taken() -> None:
         "vhost": False,
         "forward_loopback": False,
     }
-    assert values["runtime"] == {"data_dir": Path("/d"), "boot_timeout": 7.0}
+    assert values["runtime"] == {"data_dir": Path("/d"), "boot_timeout": 7.0, "agent_timeout": 0.0}
     assert {name: {key.name for key in fields(section)} for name, section in SECTIONS.items()} == {
         name: set(keys) for name, keys in values.items()
     }
@@ -147,6 +148,8 @@ def test_every_key_is_taken() -> None:
             "f: hypervisor.kernel_params: 'quiet init=/bin/sh' is not one kernel parameter",
         ),
         ("[runtime]\nboot_timeout = nan", "f: runtime.boot_timeout: expected a number of seconds"),
+        ("[runtime]\nagent_timeout = 0.5", "f: runtime.agent_timeout: 0.5 is not between 1 and 3600"),
+        ("[runtime]\nagent_timeout = false", "f: runtime.agent_timeout: expected a number of seconds"),
         ("[runtime]\nboot_timeout = 0", "f: runtime.boot_timeout: 0 is not between 1 and 3600"),
         ("[hypervisor", "f: not TOML: expected ']' at the end of a table declaration (at end of document)"),
         ("[hypervisor]\nvcpus = 1\nvcpus = 2", "f: not TOML: cannot overwrite a value (at end of document)"),
