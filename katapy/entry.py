@@ -52,6 +52,9 @@ def main() -> None:
 
 
 def _run(*, preloading: bool) -> None:
+    from katapy import lean
+
+    lean.skip_python_messages()
     if not preloading:
         from katapy.cli import main as command_line
 
@@ -59,13 +62,12 @@ def _run(*, preloading: bool) -> None:
         return
     from contextlib import suppress
 
-    from katapy import lean, preload
+    from katapy import preload
     from katapy.errors import KatapyError
 
     # Whoever needs it starts it again, and says why that cannot be.
     with suppress(KatapyError, OSError):
         preload.begin()
-    lean.skip_python_messages()
     try:
         from katapy.cli import main as command_line
 

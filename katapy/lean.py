@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from types import ModuleType
 
@@ -22,7 +21,8 @@ def skip_openssl() -> None:
     if "ssl" not in sys.modules:
         sys.modules["ssl"] = None  # type: ignore[assignment]
         sys.modules.setdefault("_hashlib", None)  # type: ignore[arg-type]
-        importlib.import_module("asyncio")
+        import asyncio  # noqa: F401
+
         stub = sys.modules["ssl"] = ModuleType("ssl")
         stub.SSLContext = type("SSLContext", (), {})  # type: ignore[attr-defined]
 
@@ -33,6 +33,8 @@ def skip_pyroute2_package() -> None:
     Call before anything imports pyroute2.
     """
     if "pyroute2" not in sys.modules:
+        import importlib.util
+
         found = importlib.util.find_spec("pyroute2")
         if found is None or found.submodule_search_locations is None:
             raise ModuleNotFoundError("No module named 'pyroute2'", name="pyroute2")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,7 +55,7 @@ def exec_command(settings: Settings, /, container_id: str, command: tuple[str, .
         tell_unknown(process)
         if options.ignore_paused:
             pod.wait_resumed()
-        exec_id = secrets.token_hex(8)
+        exec_id = os.urandom(8).hex()
         pod.add_exec(exec_id, process)
         if not options.detach:
             write_pid_file(options.pid_file, os.getpid())

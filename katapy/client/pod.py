@@ -16,17 +16,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self
 from katapy import jsonfile
 from katapy.client import attach, launch
 from katapy.client.leftovers import END_SECONDS, ShimLog, finish, gone, kill, last_words
-from katapy.client.namespace import network_command
 from katapy.client.task import Stdio, TaskClient
-from katapy.client.view import view_of
 from katapy.errors import InvalidArgument, InvalidState, KatapyError, NotFound, Unavailable, from_wire
-from katapy.oci.bundle import Bundle
-from katapy.oci.process import ProcessSpec, parse_process
 from katapy.state import PROCESS_FILE, ProcessRef, State, StateDir
 from katapy.transport.ttrpc import TtrpcClient
 
 if TYPE_CHECKING:
     from katapy.client.observe import Usage
+    from katapy.oci.bundle import Bundle
+    from katapy.oci.process import ProcessSpec
 
 ATTACH: Final = "attach:"
 Streams = tuple[int, int, int]
@@ -196,12 +194,17 @@ class Pod:
         """
         if bundle is None:
             return launch.start_standin(self._directory, self._id, exec_id, streams)
+        from katapy.client.namespace import network_command
+        from katapy.client.view import view_of
+
         prefix = network_command(bundle.spec)
         with view_of(bundle) as view:
             return launch.start_standin(self._directory, self._id, exec_id, streams, prefix=prefix, view=view)
 
     def own_process(self) -> ProcessSpec:
         """Return the ``process`` that the container was created with."""
+        from katapy.oci.process import parse_process
+
         with StateDir.open(str(self._root), self._id) as directory:
             data = jsonfile.read(PROCESS_FILE, dir_fd=directory.fd)
         return parse_process(data, what=f"process of {self._id}")
