@@ -96,8 +96,8 @@ proto: .venv/installed ## generate the messages from the .proto files
 
 image: build/image ## the guest image, Debian's kernel and the default root, in /var/lib/katapy
 
-node-image: ## the container image that installs katapy on the nodes of Kubernetes; with buildah; NODE_IMAGE=name
-	buildah build --file deploy/Containerfile --tag "$(NODE_IMAGE)" .
+node-image: ## the container image that installs katapy on nodes of Kubernetes; with buildah; NODE_IMAGE=name NODE_BASE=debian
+	buildah build --file deploy/Containerfile $(if $(NODE_BASE),--build-arg "BASE=$(NODE_BASE)") --tag "$(NODE_IMAGE)" .
 
 guest-kernel: .venv/installed ## a tuned guest kernel from Debian's source; minutes
 	@scripts/setup kernel-tools

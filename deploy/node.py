@@ -23,11 +23,11 @@ LABEL: Final = "katapy.dev/runtime"
 PROGRAMS: Final = Path("opt/katapy")
 DATA: Final = Path("var/lib/katapy")
 BUILD: Final = "build"  # a file among the programs: which build they are of
-# What katapy needs where it runs, and the package of Debian 12 that has it.
+# What katapy needs where it runs, and the package that has it in the Debian that this image and the node are of.
 NEEDED: Final = {
-    "usr/bin/python3.11": "python3",
+    f"usr/bin/python3.{sys.version_info.minor}": "python3",
     "usr/bin/qemu-system-x86_64": "qemu-system-x86",
-    "usr/lib/qemu/virtiofsd": "qemu-system-common",
+    "usr/lib/qemu/virtiofsd": "qemu-system-common" if sys.version_info < (3, 12) else "virtiofsd",
     "usr/bin/setpriv": "util-linux",
     "usr/lib/x86_64-linux-gnu/libseccomp.so.2": "libseccomp2",
 }
