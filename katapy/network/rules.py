@@ -129,8 +129,8 @@ def _as_target(keys: Keys) -> Keys:
 
 
 def _own(interface: Interface, family: socket.AddressFamily) -> list[str]:
-    separator = ":" if family is socket.AF_INET6 else "."
-    return [each.address for each in interface.addresses if separator in each.address]
+    # One of IPv6 may be written with dots, too.
+    return [each.address for each in interface.addresses if (":" in each.address) is (family is socket.AF_INET6)]
 
 
 def _sent_by(hardware_address: str) -> Keys:

@@ -590,7 +590,7 @@ def test_a_network_that_the_configuration_forbids(directory: Path, busybox: Path
     """What the namespace has stays unused."""
     options = settings(directory / "none.toml", "[network]", 'model = "none"')
     with Namespace.made(directory / "none.netns") as namespace:
-        namespace("sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+        namespace("sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6")
         ip(f"link add outer type veth peer name eth0 netns {os.getpid()}")
         ip(f"link set eth0 netns {namespace.path}")
         Path("/proc/sys/net/ipv6/conf/outer/disable_ipv6").write_text("1")

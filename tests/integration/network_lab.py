@@ -82,7 +82,7 @@ class Lab:
         self.stack, self.model = stack, model
         self.pod, self.wire = (self.namespace(each) for each in ("pod", "wire"))
         # What arrives from there is the test's.
-        run("ip", "netns", "exec", self.wire, "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+        run("ip", "netns", "exec", self.wire, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6")
 
     def namespace(self, suffix: str) -> str:
         name = f"katapy-test-{os.getpid()}-{suffix}"

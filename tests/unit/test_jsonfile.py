@@ -21,7 +21,7 @@ from katapy.jsonfile import MAX_BYTES, MAX_DEPTH, check, dump, parse, printable,
     [
         (b"", "f: line 1, column 1: expecting value"),
         (b'{"a": 1', "f: line 1, column 8: expecting ',' delimiter"),
-        (b'{\n  "a": 1,\n}', "f: line 3, column 1: expecting property name enclosed in double quotes"),
+        (b'{\n  "a": 1,\nb}', "f: line 3, column 1: expecting property name enclosed in double quotes"),
         (b'{"a": "x\ny"}', "f: line 1, column 9: invalid control character at"),
         (b"{} {}", "f: line 1, column 4: extra data"),
         (b"[]", "f: expected an object at the top"),

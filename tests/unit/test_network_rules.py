@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address
 from itertools import groupby
 
 import pytest
@@ -42,6 +44,11 @@ INTERFACE = Interface(
     addresses=(Address(OWN_IP, 24), Address(OWN_IP6, 64)),
 )
 UNNUMBERED = INTERFACE._replace(addresses=())
+
+
+def as_told(address: IPv4Address | IPv6Address) -> str:
+    """Return an address as netlink's library writes it."""
+    return socket.inet_ntop(socket.AF_INET if address.version == 4 else socket.AF_INET6, address.packed)
 
 
 def protocol_of(frame: bytes) -> int:
@@ -149,6 +156,15 @@ def test_an_interface_without_addresses_gets_one_that_only_its_guest_knows() -> 
     assert passes(ipv6(SLAAC, "2001:4860::8888"), UNNUMBERED)
 
 
+def test_an_address_of_ipv6_that_holds_one_of_ipv4() -> None:
+    """It has a dot, and was taken for one of IPv4: a pod could not be connected."""
+    address = f"::ffff:{OTHER_IP}"
+    mapped = INTERFACE._replace(addresses=(Address(address, 128),))
+    assert passes(ipv6(address, "2001:4860::8888"), mapped)
+    assert passes(neighbour(NA, address, address), mapped)
+    assert not passes(arp(1, OTHER_IP, GATEWAY), mapped)
+
+
 def test_an_interface_with_addresses_of_ipv6_only_is_not_without_addresses() -> None:
     """It could send from every IPv4 address and answer every ARP request, the gateway's too."""
     only6 = INTERFACE._replace(addresses=(Address(OWN_IP6, 64),))
@@ -196,7 +212,7 @@ INTERFACES = st.builds(
     mtu=st.just(1500),
     disable_ipv6=st.booleans(),
     addresses=st.lists(
-        st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)).map(lambda each: Address(str(each), 24)), max_size=4
+        st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)).map(lambda each: Address(as_told(each), 24)), max_size=4
     ).map(tuple),
 )
 
