@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-from katapy_agent import cgroups, child, config, procfs
+from katapy_agent import cgroups, child, config, procfs, rootfs
 from katapy_agent.errors import (
     AlreadyExists,
     InvalidArgument,
@@ -145,6 +145,9 @@ class Container:
         """Let init execute its program."""
         async with self._changing:
             init = self._require(State.CREATED)
+            assert self._spec is not None
+            # Where the host does not answer, it is only this that waits.
+            await asyncio.to_thread(rootfs.refresh_sources, self._spec)
             self._started = True
             await init.execute()
 

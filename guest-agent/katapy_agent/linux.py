@@ -33,6 +33,9 @@ UMOUNT_NOFOLLOW: Final = 0x8
 AT_EMPTY_PATH: Final = 0x1000
 AT_RECURSIVE: Final = 0x8000
 AT_FDCWD: Final = -100
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
+_AT_STATX_FORCE_SYNC: Final = 0x2000
+_STATX_BASIC_STATS: Final = 0x7FF
 
 MOUNT_ATTR_RDONLY: Final = 0x1
 MOUNT_ATTR_NOSUID: Final = 0x2
@@ -93,9 +96,9 @@ _SYS_FSMOUNT: Final = 432
 _SYS_CLOSE_RANGE: Final = 436
 _SYS_OPENAT2: Final = 437
 _SYS_MOUNT_SETATTR: Final = 442
-_SYS_BPF, _SYS_SECCOMP, _SYS_SCHED_SETATTR, _SYS_IOPRIO_SET = {
-    "x86_64": (321, 317, 314, 251),
-    "aarch64": (280, 277, 274, 30),
+_SYS_BPF, _SYS_SECCOMP, _SYS_SCHED_SETATTR, _SYS_IOPRIO_SET, _SYS_STATX = {
+    "x86_64": (321, 317, 314, 251, 332),
+    "aarch64": (280, 277, 274, 30, 291),
 }[os.uname().machine]
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -165,6 +168,13 @@ def fstatfs_type(fd: int) -> int:
     buffer = ctypes.create_string_buffer(256)
     _check(_libc.fstatfs(fd, buffer), "fstatfs")
     return int(struct.unpack_from("@l", buffer)[0])
+
+
+def fetch_attributes(path: str) -> None:
+    """Have the file system of ``path`` ask its server for the attributes, however new those are that it has (statx(2))."""
+    flags = _AT_STATX_FORCE_SYNC | _AT_SYMLINK_NOFOLLOW
+    found = ctypes.create_string_buffer(256)
+    _syscall(_SYS_STATX, path, AT_FDCWD, os.fsencode(path), flags, _STATX_BASIC_STATS, found)
 
 
 def open_tree(dirfd: int, path: str, *, recursive: bool) -> int:

@@ -91,6 +91,18 @@ def open_sources(spec: Spec) -> Sources:
     return Sources(root, trees, nodes, proc_sys)
 
 
+def refresh_sources(spec: Spec) -> None:
+    """Forget how large the host's files were that are mounted in the container.
+
+    What a guest knows of them is a second old at times, and engines write some between create and start: podman 5
+    does /etc/hosts.
+    """
+    for mount in spec.mounts:
+        if mounts.parse_options(mount).is_bind:
+            with contextlib.suppress(OSError):
+                linux.fetch_attributes(mount.source)
+
+
 def build(spec: Spec, sources: Sources) -> int:
     """Make the root and everything mounted in it, in this new mount namespace; return the root's descriptor.
 

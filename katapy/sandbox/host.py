@@ -87,11 +87,14 @@ class Host:
         """Leave the file by which podman and CRI-O know that memory ran out: their conmon sees a cgroup of the host."""
         if MANAGER not in container.bundle.spec.annotations:
             return
-        path = f"{container.bundle.path}/oom"
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
-        except OSError as error:
-            log.warning("%s: cannot make %s: %s", container.id, path, error.strerror)
+        # podman 5 looks in the second place.
+        for directory in (container.bundle.path, _persist_directory(container.init.host_pid)):
+            path = f"{directory}/oom"
+            try:
+                if directory:
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
+            except OSError as error:
+                log.warning("%s: cannot make %s: %s", container.id, path, error.strerror)
 
     async def run_hooks(self, container: Container, point: str, hooks: Sequence[Hook]) -> None:
         """Run the hooks of one ``point`` of the container's life; the first failure is raised."""
@@ -172,6 +175,17 @@ def inherited_limits() -> list[Rlimit]:
             most = _FILES_MAX if name == "RLIMIT_NOFILE" else hard
             found.append(Rlimit(name, min(soft, most), min(hard, most)))
     return found
+
+
+def _persist_directory(pid: int) -> str:
+    """Return where the conmon whose child ``pid`` is was told to leave what it notes; empty for none."""
+    with suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        parent = next(line.removeprefix("PPid:").strip() for line in lines if line.startswith("PPid:"))
+        arguments = iter(Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0"))
+        if b"--persist-dir" in arguments:
+            return os.fsdecode(next(arguments))
+    return ""
 
 
 async def await_stand_in(process: GuestProcess) -> None:

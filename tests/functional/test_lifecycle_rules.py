@@ -216,6 +216,23 @@ SIGNALS = {
 }  # fmt: skip
 
 
+def test_files_written_between_create_and_start(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
+    """podman 5 writes /etc/hosts then: it was empty in the first second, as it had been when it was mounted."""
+    hosts, output = tmp_path / "hosts", tmp_path / "output"
+    hosts.touch()
+
+    def edit(spec: dict[str, Any]) -> None:
+        spec["mounts"].append({"destination": "/etc/hosts", "type": "bind", "source": str(hosts), "options": ["bind"]})
+
+    directory = bundle(["sh", "-c", "cat /etc/hosts; echo end"], edit=edit)
+    katapy.detach("create", "--bundle", directory, "c1", output=output)
+    hosts.write_text("127.0.0.1 localhost\n")
+    katapy("start", "c1", check=True)
+    _await_status(katapy, "c1", "stopped")
+    assert output.read_text() == "127.0.0.1 localhost\nend\n"
+    katapy("delete", "c1", check=True)
+
+
 def test_signals(katapy: Katapy, refused: Refused, bundle: MakeBundle, tmp_path: Path) -> None:
     """Kill: the signal that was asked for arrives, by number or by name in any spelling of runc's; TERM by default.
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,3 +39,26 @@ async def test_a_cgroup_whose_making_is_interrupted_is_removed(monkeypatch: pyte
     with pytest.raises(asyncio.CancelledError):
         await making
     assert removed.is_set()
+
+
+PARENT = "import subprocess; c = subprocess.Popen(['sleep', '1000']); print(c.pid, flush=True); c.wait()"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_where_it_is_noted_that_memory_ran_out(tmp_path: Path, told: bool) -> None:
+    """podman 5 looks where it has told conmon to keep what it notes, and said that nothing had been killed."""
+    bundle, kept = tmp_path / "bundle", tmp_path / "kept"
+    bundle.mkdir()
+    kept.mkdir()
+    options = ["--exit-dir", "/", "--persist-dir", str(kept), "--full-attach"] if told else ["--persist-dir"]
+    with subprocess.Popen([sys.executable, "-c", PARENT, *options], stdout=subprocess.PIPE, text=True) as conmon:
+        assert conmon.stdout
+        pid = int(conmon.stdout.readline())
+        spec = SimpleNamespace(annotations={"io.container.manager": "libpod"})
+        container: Any = SimpleNamespace(
+            id="c1", bundle=SimpleNamespace(path=str(bundle), spec=spec), init=SimpleNamespace(host_pid=pid)
+        )
+        Host(mounts=-1, driver=Driver.CGROUPFS, creator=0, root=tmp_path).tell_oom(container)
+        os.kill(pid, signal.SIGKILL)
+    assert (bundle / "oom").exists()
+    assert (kept / "oom").exists() == told
