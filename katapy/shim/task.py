@@ -53,9 +53,13 @@ _EVENT_SECONDS: Final = 3600.0
 
 @dataclass(eq=False)
 class _Followed:
-    """A process whose end is told: ``starting`` keeps that from being told before its start."""
+    """A process whose end is told: ``starting`` keeps that from being told before its start.
+
+    That of an exec which was never started is not told. docker 26 took it for the exec's own, and forgot why it failed.
+    """
 
     process: GuestProcess
+    started: bool = False
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -119,6 +123,7 @@ class TaskService:
         async with followed.starting:
             with phase("answer Start"):
                 await self._start(process)
+            followed.started = True
             if request.exec_id:
                 self._publisher.publish(
                     events.TaskExecStarted(container_id=request.id, exec_id=request.exec_id, pid=process.host_pid)
@@ -309,6 +314,8 @@ class TaskService:
         process = followed.process
         await process.exited.wait()
         async with followed.starting:
+            if process.exec_id and not followed.started:
+                return
             end = _end_of(process)
             assert end is not None
             self._publisher.publish(

@@ -94,6 +94,7 @@ class Engine:
             "TMPDIR": str(self.directory),
             "CONTAINERS_CONF": str(self.directory / "containers.conf"),
             "CONTAINERS_STORAGE_CONF": str(self.directory / "storage.conf"),
+            "PODMAN_IGNORE_CGROUPSV1_WARNING": "1",  # podman 5 says so on stderr each time
         }
 
     def __call__(

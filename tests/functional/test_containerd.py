@@ -205,13 +205,15 @@ def test_events(containerd: Containerd) -> None:
     with listening(containerd) as hear:
         containerd.run("--detach", IMAGE, "c1", *SLEEP)
         execute(containerd, "c1", "true")
+        # Without a start there is no end.
+        execute(containerd, "c1", "nonesuch", check=False)
         containerd("task", "pause", "c1")
         containerd("task", "resume", "c1")
         remove(containerd, "c1")
         seen = hear("c1", "/containers/delete")
     topics = [topic.removeprefix("/tasks/") for topic, _ in seen if topic.startswith("/tasks/")]
     assert topics == [
-        *("create", "start", "exec-added", "exec-started", "exit"),
+        *("create", "start", "exec-added", "exec-started", "exit", "exec-added"),
         *("paused", "resumed", "exit", "delete"),
     ]
     exits = [event for topic, event in seen if topic == "/tasks/exit"]

@@ -73,10 +73,10 @@ def test_the_tool_of_an_agent() -> None:
 
 
 def test_the_tool_tells_a_model_what_it_got_wrong() -> None:
-    assert json.loads(_run("agent_tool.py", stdin='{"kode": "1"}')) == {
-        "ok": False,
-        "error": "run_python() got an unexpected keyword argument 'kode'",
-    }
+    answer = json.loads(_run("agent_tool.py", stdin='{"kode": "1"}'))
+    assert not answer["ok"]
+    # Newer Pythons say what may have been meant.
+    assert answer["error"].startswith("run_python() got an unexpected keyword argument 'kode'")
 
 
 def test_the_notebook() -> None:
