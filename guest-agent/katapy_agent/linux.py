@@ -171,7 +171,7 @@ def fstatfs_type(fd: int) -> int:
 
 
 def fetch_attributes(path: str) -> None:
-    """Have the file system of ``path`` ask its server for the attributes, however new those are that it has (statx(2))."""
+    """Have the file system of ``path`` ask its server for the attributes, though it may have some (statx(2))."""
     flags = _AT_STATX_FORCE_SYNC | _AT_SYMLINK_NOFOLLOW
     found = ctypes.create_string_buffer(256)
     _syscall(_SYS_STATX, path, AT_FDCWD, os.fsencode(path), flags, _STATX_BASIC_STATS, found)
