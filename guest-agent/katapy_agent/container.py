@@ -146,8 +146,9 @@ class Container:
         async with self._changing:
             init = self._require(State.CREATED)
             assert self._spec is not None
-            # Where the host does not answer, it is only this that waits.
-            await asyncio.to_thread(rootfs.refresh_sources, self._spec)
+            if sources := rootfs.bind_sources(self._spec):
+                # Where the host does not answer, it is only this that waits.
+                await asyncio.to_thread(rootfs.refresh, sources)
             self._started = True
             await init.execute()
 

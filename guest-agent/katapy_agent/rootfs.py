@@ -91,16 +91,20 @@ def open_sources(spec: Spec) -> Sources:
     return Sources(root, trees, nodes, proc_sys)
 
 
-def refresh_sources(spec: Spec) -> None:
-    """Forget how large the host's files were that are mounted in the container.
+def bind_sources(spec: Spec) -> list[str]:
+    """Return the paths of what is mounted in the container by a bind mount."""
+    return [mount.source for mount in spec.mounts if mounts.parse_options(mount).is_bind]
 
-    What a guest knows of them is a second old at times, and engines write some between create and start: podman 5
+
+def refresh(sources: Sequence[str]) -> None:
+    """Have the host say how large these files are.
+
+    What a guest knows of that is a second old at times, and engines write files between create and start: podman 5
     does /etc/hosts.
     """
-    for mount in spec.mounts:
-        if mounts.parse_options(mount).is_bind:
-            with contextlib.suppress(OSError):
-                linux.fetch_attributes(mount.source)
+    for source in sources:
+        with contextlib.suppress(OSError):
+            linux.fetch_attributes(source)
 
 
 def build(spec: Spec, sources: Sources) -> int:

@@ -1,4 +1,7 @@
-"""`make run` on a fresh host of the Debian after the guest's, as far as a root directory and namespaces are one."""
+"""`make run` and `make test` on a fresh host of the Debian after the guest's.
+
+It is a root directory with namespaces of its own: its kernel is the machine's.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from pathlib import Path
 import debian
 import pytest
 
-pytestmark = [pytest.mark.root, pytest.mark.soak, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.root, pytest.mark.soak, pytest.mark.timeout(3 * 3600)]
 
 SOURCE = Path(__file__).resolve().parents[2]
 LATER = "trixie"
-_DEADLINE = 1800.0
+_DEADLINE = 2 * 3600.0
 # How the network is reached is the machine's own.
 _SETTINGS = ("etc/resolv.conf", "etc/hosts", "etc/ssl/certs/ca-certificates.crt")
 _NOT_COPIED = shutil.ignore_patterns(
@@ -29,7 +32,11 @@ mount --rbind /sys sys
 mount -t proc proc proc
 mount -t tmpfs tmpfs run
 mount -t tmpfs tmpfs tmp
-exec chroot . /bin/sh -ec "cd /katapy; $2"
+# Not chroot: who has that for a root makes no user namespace.
+pivot_root . .
+umount --lazy .
+cd /katapy
+exec sh -ec "$2"
 """
 
 
@@ -66,3 +73,8 @@ def test_the_two_minutes_after_a_clone(root: Path) -> None:
     assert "13." in _run(root, "cat /etc/debian_version")
     # apt's lists of the guest's release were for the build alone.
     assert "bookworm" not in _run(root, "ls /var/lib/apt/lists /tmp")
+
+
+def test_all_tests(root: Path) -> None:
+    """podman, docker and containerd are newer there, and Python is."""
+    print(_run(root, "make test"))
