@@ -42,8 +42,9 @@ def finish(root: Path, container_id: str, *, own_network: bool = True, patience:
         with suppress(NotFound), StateDir.open(str(root), container_id) as directory:
             state = directory.load()
             owner = state.shim
-            if state.sandbox != container_id and owner is not None and owner.name == "shim" and owner.alive():
-                return  # it has other containers to serve, and has removed or will remove this one
+            member = state.sandbox != container_id
+            if member and owner is not None and _serves_others(owner, root / state.sandbox, patience):
+                return  # it has removed or will remove this one
             # A creator was not told to end, and cannot have what is deleted.
             told = owner is not None and owner.name == "shim"
             if owner is not None and owner.pid != os.getpid() and not gone(owner, patience if told else 0.0):
@@ -61,6 +62,20 @@ def finish(root: Path, container_id: str, *, own_network: bool = True, patience:
                 directory.remove()
         return
     raise Unavailable(f"cannot remove {container_id}: process {owner.pid if owner else 0} cannot be killed")
+
+
+def _serves_others(owner: ProcessRef, directory: Path, patience: float) -> bool:
+    """Tell whether a process is a shim that goes on, in the directory of its sandbox.
+
+    One that was killed hangs up before it is dead, which is waited for, ``patience`` seconds.
+    """
+    if owner.name != "shim" or not owner.alive():
+        return False
+    try:
+        launch.connect(directory).close()
+    except Unavailable:
+        return not gone(owner, patience)
+    return True
 
 
 def _remove_cgroup(state: State, patience: float) -> None:
