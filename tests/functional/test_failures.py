@@ -124,7 +124,7 @@ def test_guest_that_does_not_answer(katapy: Katapy, bundle: MakeBundle) -> None:
 def test_guest_that_stands_still(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
     """Whoever waited for it waited for ever."""
     config = tmp_path / "katapy.toml"
-    config.write_text("[runtime]\nagent_timeout = 6\n")
+    config.write_text("[runtime]\nagent_timeout = 9\n")
     config.chmod(0o600)
     katapy.options = ("--config", str(config))
     pipe = subprocess.PIPE
@@ -134,9 +134,9 @@ def test_guest_that_stands_still(katapy: Katapy, bundle: MakeBundle, tmp_path: P
         assert process.stdout
         assert process.stdout.readline() == b"up\n"
         os.kill(_pid_of(katapy, "c1", "qemu"), signal.SIGSTOP)
-        _, error = process.communicate(timeout=SOON)
+        _, error = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
-    assert b"the VM of c1 was killed: its agent has not answered for 6 s" in error
+    assert b"the VM of c1 was killed: its agent has not answered for 9 s" in error
     assert katapy("list", "-q").stdout == b""
 
 
