@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import pytest
+from own_children import children
 
 from katapy import linux
 from katapy.devices import Nic
@@ -314,11 +315,10 @@ def until_frame(source: int | socket.socket, last: bytes) -> list[bytes]:
 def nothing_left() -> Iterator[None]:
     """What runs inside leaves no descriptor, no child process, no network namespace and no interface."""
 
-    def state() -> tuple[Sequence[str], ...]:
-        tasks = [each for task in Path("/proc/self/task").iterdir() for each in (task / "children").read_text().split()]
+    def state() -> tuple[object, ...]:
         namespaces = [each.name for each in Path("/run/netns").glob(f"katapy-test-{os.getpid()}-*")]
         own = sorted(name for _, name in socket.if_nameindex() if name.startswith("katapy"))
-        return os.listdir("/proc/self/fd"), tasks, namespaces, own
+        return os.listdir("/proc/self/fd"), children(), namespaces, own
 
     before = state()
     yield

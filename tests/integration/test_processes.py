@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from own_children import children
 
 from katapy import run
 from katapy.config import VIRTIOFSD_PATHS
@@ -20,11 +21,6 @@ from katapy.errors import Unavailable
 from katapy.storage.virtiofs import find_virtiofsd, start_virtiofsd
 
 SLEEP = ["/usr/bin/sleep", "1000"]
-
-
-def children() -> set[str]:
-    """Return the pids of this process's children, dead ones that nobody has reaped among them."""
-    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import tiny_guest
+from own_children import children
 
 from katapy.console import LOG_BYTES
 from katapy.devices import Disk, SharedDir
@@ -53,11 +54,6 @@ def nothing_is_left() -> Iterator[None]:
     yield
     assert [entry for entry in descriptors() if entry not in before] == []
     assert children() - children_before == set()
-
-
-def children() -> set[str]:
-    """Return the pids of this process's children, dead ones that nobody has reaped among them."""
-    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 def descriptors() -> list[str]:
