@@ -81,7 +81,7 @@ bench: setup ## measure, and write docs/performance.md; BENCH='--quick --only st
 lint: .venv/installed ## ruff, mypy --strict, the layers
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
-	@for code in 'katapy guest-agent/katapy_agent' images default-root guest-kernel bench scripts examples guest-agent/tests tests/conftest.py $(filter-out %/__pycache__/,$(wildcard tests/*/)); do \
+	@for code in 'katapy guest-agent/katapy_agent' images default-root guest-kernel bench scripts examples guest-agent/tests conftest.py tests/conftest.py $(filter-out %/__pycache__/,$(wildcard tests/*/)); do \
 		$(BIN)/mypy --no-error-summary $$code || exit 1; done
 	@PYTHONPATH=guest-agent $(BIN)/lint-imports --no-logo
 

@@ -102,9 +102,9 @@ def main() -> None:
     cells: list[tuple[str, float]] = [
         ("x = 6\nwith open('/note', 'w') as note: print('kept', end='', file=note)", 60),
         ("x * 7", 60),
-        ("import time\nprint('waiting')\ntime.sleep(1000)", 3),
+        ("import time\nprint('waiting')\ntime.sleep(1000)", 8),
         ("x / 0", 60),
-        ("while True:\n    try: time.sleep(1000)\n    except KeyboardInterrupt: print('no')", 3),
+        ("while True:\n    try: time.sleep(1000)\n    except KeyboardInterrupt: print('no')", 8),
         ("x", 60),
         ("open('/note').read()", 60),
     ]

@@ -25,6 +25,8 @@ from katapy_agent.resources import CPU, BlockIO, Memory, Resources, ThrottleDevi
 ROOT: Final = Path("/sys/fs/cgroup")
 NO_LIMIT: Final = 2**64 - 1
 _PARENT: Final = "katapy"
+# Of a file of a cgroup that is removed: before it is opened, and after that.
+_GONE: Final = (errno.ENOENT, errno.ENODEV)
 # A container may be called cgroup.procs.
 _PREFIX: Final = "container-"
 _NAME: Final = re.compile(r"[A-Za-z0-9_.+-]{1,200}")
@@ -233,8 +235,12 @@ class Cgroup:
 
     def kill(self) -> None:
         """Send SIGKILL to every process in the leaf and below it, at once. Does nothing when it is gone."""
-        with doing(f"kill what is in cgroup {self.path.name}"), contextlib.suppress(FileNotFoundError):
-            _write(self.path / "cgroup.kill", "1")
+        with doing(f"kill what is in cgroup {self.path.name}"):
+            try:
+                _write(self.path / "cgroup.kill", "1")
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
 
     def update(self, resources: Resources) -> None:
         """Change the limits that ``resources`` names; when one cannot be changed, none is.
@@ -415,7 +421,10 @@ class Cgroup:
 
     def _hugetlb(self) -> tuple[HugetlbStats, ...]:
         found = []
-        for path in sorted(self.path.glob("hugetlb.*.current")):
+        paths: list[Path] = []
+        with contextlib.suppress(FileNotFoundError):
+            paths = sorted(self.path.glob("hugetlb.*.current"))
+        for path in paths:
             if path.name.count(".") == 2:  # not hugetlb.2MB.rsvd.current
                 prefix = path.name.removesuffix(".current")
                 usage, limit = self._number(path.name), self._number(f"{prefix}.max", missing=NO_LIMIT)
@@ -426,7 +435,9 @@ class Cgroup:
     def _read(self, file: str) -> str:
         try:
             return (self.path / file).read_text()
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
             return ""
 
     def _number(self, file: str, *, missing: int = 0) -> int:

@@ -314,13 +314,13 @@ def _reap_only(proc: int) -> NoReturn:
     # Where memory runs out, what uses it is to end, and not all at once. Refused in a user namespace.
     with contextlib.suppress(PermissionError):
         os.write(os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=proc), b"-1000")
-    # Above all the control socket, whose end says that the program runs.
-    os.closerange(0, _DESCRIPTORS_MAX)
     # From within, only a signal that has a handler reaches an init: those of faults do, where faulthandler is on.
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
     # The kernel reaps for who ignores this.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Only now: the program begins when its pipe is closed. Above all the control socket, whose end says that it runs.
+    os.closerange(0, _DESCRIPTORS_MAX)
     while True:
         signal.pause()
 

@@ -22,6 +22,7 @@ from katapy_agent.errors import (
     AlreadyExists,
     InvalidArgument,
     InvalidState,
+    KatapyError,
     NotFound,
     Timeout,
     Unavailable,
@@ -172,8 +173,14 @@ class Container:
                     rows=streams.rows,
                     columns=streams.columns,
                 )
-                started = await Process.build(self._services.launcher, self._services.reaper, plan, stdio)
-                await started.execute()
+                try:
+                    started = await Process.build(self._services.launcher, self._services.reaper, plan, stdio)
+                    await started.execute()
+                except KatapyError as error:
+                    # The container's end may be why, of which nobody has told us yet.
+                    if procfs.is_ending(init.pid):
+                        raise InvalidState(f"container {self.id} is {State.STOPPED}, not {State.RUNNING}") from error
+                    raise
                 self._execs.pop(exec_id, None)  # the newest is last: the oldest ended ones are forgotten first
                 self._execs[exec_id] = started
             undo.pop_all()

@@ -91,6 +91,7 @@ _BY_ERRNO: Final[dict[int, type[KatapyError]]] = {
     errno.ENETUNREACH: InvalidArgument,
     errno.EHOSTUNREACH: InvalidArgument,
     errno.ENETDOWN: InvalidState,
+    errno.ESRCH: InvalidState,  # of a container that ends meanwhile
     errno.ENODEV: Unsupported,
     errno.ENOSYS: Unsupported,
     errno.EOPNOTSUPP: Unsupported,

@@ -87,7 +87,7 @@ def _read_until_end(output: int, pidfd: int, deadline: float) -> tuple[bytes, bo
         elif pidfd in ready:
             return said, True
         if time.monotonic() >= deadline:
-            return said, False
+            return said, pidfd in ready
 
 
 def _become(

@@ -61,9 +61,12 @@ class Control:
         Raises the process's own KatapyError, or Internal for a message that makes no sense.
         """
         await _readable(self._socket)
-        data, ancillary, _flags, _ = self._socket.recvmsg(
-            _MESSAGE_MAX, socket.CMSG_SPACE(_FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC
-        )
+        try:
+            data, ancillary, _flags, _ = self._socket.recvmsg(
+                _MESSAGE_MAX, socket.CMSG_SPACE(_FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionResetError:  # it died before it had read what it was told
+            return None
         fds = _descriptors(ancillary)
         try:
             report = _parse(data, fds) if data else None

@@ -243,21 +243,25 @@ def _copy_directory(source: int, target: int, depth: int) -> None:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     _copy_attributes(source, target)
     for name in os.listdir(source):
-        status = os.stat(name, dir_fd=source, follow_symlinks=False)
-        if stat.S_ISDIR(status.st_mode):
+        # Of a volume that others change, it may be gone.
+        with contextlib.suppress(FileNotFoundError):
+            _copy_entry(name, source, target, depth)
+
+
+def _copy_entry(name: str, source: int, target: int, depth: int) -> None:
+    status = os.stat(name, dir_fd=source, follow_symlinks=False)
+    if stat.S_ISDIR(status.st_mode):
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with closing(os.open(name, flags, dir_fd=source)) as below:
             os.mkdir(name, dir_fd=target)
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            with (
-                closing(os.open(name, flags, dir_fd=source)) as below,
-                closing(os.open(name, flags, dir_fd=target)) as made,
-            ):
+            with closing(os.open(name, flags, dir_fd=target)) as made:
                 _copy_directory(below, made, depth - 1)
-        elif stat.S_ISREG(status.st_mode):
-            _copy_file(name, source, target)
-        elif stat.S_ISLNK(status.st_mode):
-            os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
-            os.chown(name, status.st_uid, status.st_gid, dir_fd=target, follow_symlinks=False)
-        # Devices, pipes and sockets of an image are not copied, as in runc.
+    elif stat.S_ISREG(status.st_mode):
+        _copy_file(name, source, target)
+    elif stat.S_ISLNK(status.st_mode):
+        os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+        os.chown(name, status.st_uid, status.st_gid, dir_fd=target, follow_symlinks=False)
+    # Devices, pipes and sockets of an image are not copied, as in runc.
 
 
 def _copy_file(name: str, source: int, target: int) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping
 
-from katapy_agent.errors import Internal, InvalidArgument, NotFound
+from katapy_agent.errors import Internal, InvalidArgument, NotFound, Unavailable
 from katapy_agent.launcher import Console, Control, Forked, Launcher, Ready
 from katapy_agent.reaper import Reaper
 from katapy_agent.stdio import Stdio
@@ -62,7 +62,8 @@ class Process:
                 case Ready() if process is not None:
                     return process
                 case None:
-                    raise Internal("process ended while it was built")
+                    # Not by itself: it would have reported why.
+                    raise Unavailable("process was killed before it executed its program")
                 case _:
                     raise Internal("process reported out of order while it was built")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 COMMAND_MAX: Final = 4096
+_PF_EXITING: Final = 0x4
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,16 @@ def describe(pid: int, *, command_max: int = COMMAND_MAX) -> ProcessFacts | None
     except (FileNotFoundError, ProcessLookupError):
         return None
     return parse(pid, status, command)
+
+
+def is_ending(pid: int) -> bool:
+    """Tell whether ``pid`` has ended, or the kernel is about to end it (proc(5), /proc/pid/stat, "flags")."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    # Its name is in parentheses, and may have some itself.
+    return bool(int(stat.rpartition(")")[2].split()[6]) & _PF_EXITING)
 
 
 def parse(pid: int, status: str, cmdline: bytes) -> ProcessFacts:

@@ -155,8 +155,12 @@ def _when_plugged(mount_it: Callable[[], None]) -> None:
                     raise
             # Whatever the kernel has to say: among it is that the device has its driver.
             kernel.settimeout(left)
-            with contextlib.suppress(TimeoutError):
+            try:
                 kernel.recv(_UEVENT_MAX)
+            except OSError as error:
+                # Some were lost, with what this waits for among them perhaps: it is looked at again all the same.
+                if error.errno not in (None, errno.ENOBUFS):  # a timeout has none
+                    raise
 
 
 def mount_memory(name: str, options: Mapping[str, str | None]) -> None:

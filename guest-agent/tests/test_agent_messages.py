@@ -80,6 +80,20 @@ async def test_reports_of_a_process(control: tuple[Control, socket.socket]) -> N
     reports.start()
 
 
+async def test_a_process_that_died_before_it_read(control: tuple[Control, socket.socket]) -> None:
+    """It was told to start, and killed: what it has not read resets the connection."""
+    reports, process = control
+    reports.start()
+    process.close()
+    assert await reports.report() is None
+
+
+def test_a_process_that_is_gone_is_a_matter_of_state() -> None:
+    """An exec into a container that ended meanwhile was a bug of katapy's."""
+    with pytest.raises(errors.InvalidState, match="cannot join it: no such process"), errors.doing("join it"):
+        os.kill(2**22 + 1, 0)
+
+
 @pytest.mark.parametrize(
     ("message", "kind"),
     [

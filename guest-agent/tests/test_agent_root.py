@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from katapy_agent import agent_pb2 as pb
 
 pytestmark = pytest.mark.root
 AGENT = Path(__file__).with_name("agent_on_host.py")
+CGROUP = f"katapy-agent-{os.getpid()}"
 BUSYBOX = Path("/bin/busybox")
 
 
@@ -108,7 +109,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
     (rootfs / "bin" / "nc").symlink_to("busybox")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
-        [sys.executable, "-B", str(AGENT), str(directory)], stdout=subprocess.PIPE, env=environment
+        [sys.executable, "-B", str(AGENT), str(directory), CGROUP], stdout=subprocess.PIPE, env=environment
     ) as served:
         assert served.stdout is not None
         assert served.stdout.readline() == b"ready\n"
@@ -118,9 +119,20 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
         client.call("DestroySandbox")
         client.close()
         served.kill()
-    # Others' agents on this machine may be in there, too.
-    with contextlib.suppress(OSError):
-        (find_hierarchy() / "katapy").rmdir()
+    (find_hierarchy() / CGROUP).rmdir()
+
+
+def await_processes(agent: Agent, name: str, expected: set[tuple[str, str]]) -> None:
+    """Wait until these are a container's processes, by command and exec id: what ends or begins is in between."""
+    deadline = time.monotonic() + 60
+    while (found := _processes(agent, name)) != sorted(expected):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+
+
+def _processes(agent: Agent, name: str) -> list[tuple[str, str]]:
+    listed = agent.call("ListProcesses", container_id=name)
+    return sorted((each.command, each.exec_id) for each in listed.processes)
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -154,6 +166,7 @@ def test_stream_may_come_after_the_call(agent: Agent) -> None:
     late = threading.Timer(0.2, lambda: made.append(agent.connect("late")))
     late.start()
     agent.run("late", "/bin/echo", "x", stdio=pb.Stdio(stdout="late"))
+    late.join()
     assert read_all(made[0]) == b"x\n"
     agent.call("RemoveContainer", container_id="late")
 
@@ -327,17 +340,36 @@ def test_processes_and_events(agent: Agent) -> None:
     agent.run("ps", "/bin/sleep", "1000")
     # The subscription exists once an event has come.
     agent.call("ExecProcess", container_id="ps", exec_id="one", process=agent.process("/bin/sleep", "999"))
-    listed = agent.call("ListProcesses", container_id="ps")
-    assert {(each.command, each.exec_id) for each in listed.processes} == {
-        ("/bin/sleep 1000", ""),
-        ("/bin/sleep 999", "one"),
-    }
+    await_processes(agent, "ps", {("/bin/sleep 1000", ""), ("/bin/sleep 999", "one")})
     agent.call("SignalProcess", container_id="ps", signal=9, all=True)
     ends = {(each.exit.container_id, each.exit.exec_id, each.exit.exit_status) for each in (next(events), next(events))}
     assert ends == {("ps", "", 137), ("ps", "one", 137)}
     assert agent.call("StatsContainer", container_id="ps").pids.current == 0
     agent.call("RemoveContainer", container_id="ps")
     events.cancel()
+
+
+def test_exec_while_the_container_ends(agent: Agent) -> None:
+    """Whatever it has come to by then, the container's end is why it fails, and no bug of anybody's."""
+    refused = set()
+    for _ in range(10):
+        agent.run("ending", "/bin/sleep", "1000")
+        with ThreadPoolExecutor(4) as threads:
+            execs = [threads.submit(_exec_until_refused, agent, "ending", f"e{number}") for number in range(4)]
+            agent.call("SignalProcess", container_id="ending", signal=9)
+            refused |= {each.result() for each in execs}
+        agent.call("RemoveContainer", container_id="ending")
+    assert refused == {"InvalidState"}
+
+
+def _exec_until_refused(agent: Agent, name: str, exec_id: str) -> str:
+    while True:
+        try:
+            agent.call("ExecProcess", container_id=name, exec_id=exec_id, process=agent.process("/bin/true"))
+            agent.wait(name, exec_id)
+        except grpc.RpcError as error:
+            call: Any = error
+            return str(dict(call.trailing_metadata())["katapy-error"])
 
 
 def test_states(agent: Agent) -> None:
@@ -382,7 +414,7 @@ def test_pause_and_resume(agent: Agent) -> None:
     assert status_of(error)[1:] == ("InvalidState", "container frozen is created, not running")
     agent.call("StartContainer", container_id="frozen")
     agent.call("PauseContainer", container_id="frozen")
-    directory = find_hierarchy() / "katapy/container-frozen"
+    directory = find_hierarchy() / CGROUP / "container-frozen"
     assert "frozen 1" in (directory / "cgroup.events").read_text()
     refused: tuple[tuple[str, dict[str, Any]], ...] = (
         ("PauseContainer", {}),
@@ -475,6 +507,7 @@ def test_joined_namespaces(agent: Agent) -> None:
         )
         agent.call("ExecProcess", container_id=name, exec_id="look", process=process, stdio=stdio)
         lines = read_all(streams["stdout"]).decode().splitlines()
+        agent.wait(name, "look")
         return dict(line.rpartition(" ")[2].split(":") for line in lines)
 
     for refused, target, type_ in (("NotFound", "nobody", "pid"), ("Unsupported", "first", "mount")):
@@ -491,13 +524,10 @@ def test_joined_namespaces(agent: Agent) -> None:
     assert {kind for kind in first if first[kind] == some[kind]} == {"ipc", "uts"}
     assert {kind for kind in first if first[kind] == everything[kind]} == {"ipc", "uts", "pid"}
     assert [each.container_pid for each in agent.call("ListProcesses", container_id="some").processes] == [1]
-    assert len(agent.call("ListProcesses", container_id="all").processes) == 3
+    await_processes(agent, "all", {(f"/bin/sleep {number}", "") for number in (997, 998, 999)})
     agent.call("SignalProcess", container_id="all", signal=9)
     assert agent.wait("all") == 137
-    deadline = time.monotonic() + 10
-    while agent.call("ListProcesses", container_id="all").processes:
-        assert time.monotonic() < deadline, "its children survive it"
-        time.sleep(0.01)
+    await_processes(agent, "all", set())
     agent.call("RemoveContainer", container_id="all")
     assert namespaces("first") == first
     join("all", "pid")

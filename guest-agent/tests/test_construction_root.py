@@ -731,6 +731,28 @@ def cgroup2() -> Iterator[Path]:
     assert not leaf.exists()
 
 
+def test_a_cgroup_that_goes_while_it_is_asked(cgroup2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was opened before is no device any more, says the kernel: statistics of a container failed."""
+    cgroup, write = cgroups.Cgroup(cgroup2), os.write
+
+    def read_late(path: Path) -> str:
+        with path.open() as file:
+            cgroup2.rmdir()
+            return file.read()
+
+    def write_late(fd: int, data: bytes) -> int:
+        cgroup2.rmdir()
+        return write(fd, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read_late)
+        assert cgroup.stats().pids.current == 0
+    cgroup2.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write_late)
+        cgroup.kill()
+
+
 def opens_in(leaf: Path, attempts: list[tuple[str, int]]) -> list[bool]:
     """Try to open devices from inside a cgroup."""
     ours, theirs = socket.socketpair()

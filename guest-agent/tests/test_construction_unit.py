@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import select
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from katapy_agent import cgroups, child, config, devices, errors, linux, mounts, privileges, resources, schema, seccomp
+from katapy_agent import (
+    cgroups,
+    child,
+    config,
+    devices,
+    errors,
+    hooks,
+    linux,
+    mounts,
+    privileges,
+    resources,
+    schema,
+    seccomp,
+)
 
 BASE: dict[str, Any] = {
     "ociVersion": "1.2.0",
@@ -606,3 +622,31 @@ def test_errors_have_the_codes_of_their_ancestors() -> None:
         errors.doing("mount /x"),
     ):
         raise OSError(1, "Operation not permitted")
+
+
+def test_copying_up_what_others_remove_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a volume that is in use; the container could not be created."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "directory").mkdir(parents=True)
+    (source / "directory/kept").write_text("x")
+    target.mkdir()
+    listed = os.listdir
+
+    def list_late(fd: int) -> list[str]:
+        return [*listed(fd), "gone"]
+
+    monkeypatch.setattr(os, "listdir", list_late)
+    descriptors = [os.open(path, os.O_PATH | os.O_DIRECTORY) for path in (source, target)]
+    mounts.copy_up(*descriptors)
+    for fd in descriptors:
+        os.close(fd)
+    assert [str(path.relative_to(target)) for path in sorted(target.rglob("*"))] == ["directory", "directory/kept"]
+
+
+def test_a_hook_that_ended_in_time(tmp_path: Path) -> None:
+    """And was looked at late, with its output at an end: it was said not to have ended."""
+    with (tmp_path / "said").open("w+") as said, subprocess.Popen(["/bin/true"]) as process:
+        pidfd = os.pidfd_open(process.pid)
+        select.select([pidfd], [], [])
+        assert hooks._read_until_end(said.fileno(), pidfd, 0.0) == (b"", True)
+        os.close(pidfd)

@@ -52,8 +52,8 @@ async def test_file_watch_calls_back_for_the_file_that_changed(tmp_path: Path) -
         (tmp_path / name).touch()
         files.add(str(tmp_path / name), lambda name=name: changed.put_nowait(name))  # type: ignore[misc]
     (tmp_path / "b").write_text("x")
-    assert await asyncio.wait_for(changed.get(), 5) == "b"
+    assert await asyncio.wait_for(changed.get(), 30) == "b"
     (tmp_path / "b").unlink()
     (tmp_path / "a").write_text("x")
-    while await asyncio.wait_for(changed.get(), 5) != "a":
+    while await asyncio.wait_for(changed.get(), 30) != "a":
         pass

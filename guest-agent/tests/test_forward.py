@@ -38,6 +38,18 @@ def listener(family: int, address: str, port: int = 0) -> socket.socket:
     return made
 
 
+def _listeners_at_one_port() -> tuple[socket.socket, socket.socket]:
+    """Return one at 127.0.0.1 and one at ::1."""
+    while True:
+        server6 = listener(socket.AF_INET6, "::1")
+        try:
+            return listener(socket.AF_INET, "127.0.0.1", server6.getsockname()[1]), server6
+        except OSError as error:
+            server6.close()
+            if error.errno != errno.EADDRINUSE:  # somebody's there
+                raise
+
+
 @pytest.fixture
 def server() -> Iterator[socket.socket]:
     """A listener of a container's, at 127.0.0.1 only."""
@@ -90,9 +102,11 @@ async def test_the_other_family_is_tried_where_nobody_listens(server: socket.soc
                 assert taken.getpeername() == made.getsockname()
 
 
-async def test_the_family_that_was_dialled_comes_first(server6: socket.socket) -> None:
-    port = server6.getsockname()[1]
-    with listener(socket.AF_INET, "127.0.0.1", port) as server:
+@pytest.mark.usefixtures("server6")
+async def test_the_family_that_was_dialled_comes_first() -> None:
+    server, server6 = _listeners_at_one_port()
+    port = server.getsockname()[1]
+    with server, server6:
         for ipv6, expected in ((False, server), (True, server6)):
             with await soon(forward.connect(port, ipv6=ipv6)) as made:
                 assert made.getpeername() == expected.getsockname()

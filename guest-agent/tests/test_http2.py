@@ -289,7 +289,7 @@ PAYLOADS = st.one_of(st.binary(max_size=40), st.just(BLOCK))
 FRAMES = st.builds(http2.frame, st.integers(0, 11), st.integers(0, 255), st.integers(0, 5), PAYLOADS)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.one_of(st.binary(max_size=200), st.lists(FRAMES, max_size=12).map(lambda frames: HELLO + b"".join(frames))))
 def test_nothing_that_is_sent_breaks_it(data: bytes) -> None:
     """Whatever comes, the connection ends with its peer and leaves no call behind."""

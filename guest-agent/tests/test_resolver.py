@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
@@ -13,8 +14,8 @@ from katapy_agent.errors import InvalidArgument, KatapyError
 from katapy_agent.resolver import Resolver
 
 # Of the loopback, and nobody's. Binding port 53 needs root.
-ADDRESS = bytes((127, 0, 0, 111))
-PLACE = ("127.0.0.111", 53)
+ADDRESS = bytes((127, 1, os.getpid() >> 8 & 0xFF, os.getpid() & 0xFF))
+PLACE = (socket.inet_ntoa(ADDRESS), 53)
 SECONDS = 30.0
 
 pytestmark = pytest.mark.root
@@ -144,6 +145,6 @@ def test_only_the_loopback_is_listened_at(address: bytes) -> None:
 
 async def test_an_address_is_listened_at_once(host: socket.socket) -> None:
     ours, theirs = socket.socketpair()
-    with contextlib.closing(ours), pytest.raises(KatapyError, match=r"listen for name queries at 127\.0\.0\.111"):
+    with contextlib.closing(ours), pytest.raises(KatapyError, match=r"listen for name queries at 127\.1\."):
         Resolver(ADDRESS, theirs)
     assert theirs.fileno() == -1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,25 @@ def test_a_disk_without_a_node_is_not_there_yet(devices: Path) -> None:
     (devices / "none/serial").write_text("container-root\n")
     with pytest.raises(NotFound, match="there is no disk 'container-root'"):
         storage._find_disk("container-root")
+
+
+def test_a_flood_of_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of it is lost then, and the disk is there all the same."""
+
+    class Flooded(socket.socket):
+        def recv(self, *_: int) -> bytes:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+    asked: list[None] = []
+
+    def mount_it() -> None:
+        asked.append(None)
+        if len(asked) < 4:
+            raise NotFound("not yet")
+
+    monkeypatch.setattr(socket, "socket", Flooded)
+    storage._when_plugged(mount_it)
+    assert len(asked) == 4
 
 
 def test_what_has_no_disk_has_nothing_to_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

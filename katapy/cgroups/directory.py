@@ -81,10 +81,10 @@ def kill(record: Record, *, timeout: float = _KILL_SECONDS) -> None:
                 write(f"{path}/cgroup.kill", "1")
     deadline = time.monotonic() + timeout
     while pids := [pid for pid in processes(record) if pid != os.getpid()]:
-        for pid in pids:
-            _kill_member(record, pid)
         if time.monotonic() > deadline:
             raise Timeout(f"cannot empty cgroup {_name(record)}: {_listed(pids)} after {timeout:g} s")
+        for pid in pids:
+            _kill_member(record, pid)
         time.sleep(_RETRY_SECONDS)
 
 

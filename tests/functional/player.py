@@ -33,8 +33,8 @@ TASK_V2 = "containerd.task.v2.Task"
 TASK_V3 = "containerd.task.v3.Task"
 # google.rpc.Code, as far as engines go on by it.
 NOT_FOUND, FAILED_PRECONDITION = 5, 9
-# How long State may take; engines ask all the time.
-STATE_SECONDS = 2.0
+# How long State may take; engines ask all the time, and give it two seconds. A machine may stall for longer.
+STATE_SECONDS = 15.0
 # What a pod's network is to engines: the work of a CNI plugin.
 ADDRESS = "10.85.0.7"
 _POD = [

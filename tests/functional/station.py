@@ -23,6 +23,8 @@ from typing import Any
 PORT = 7000
 _CHUNK = 1 << 18
 _PATIENCE = 60.0
+# The server's: who has connected may have more to do before the rest follows.
+_IDLE = 600.0
 _RESEND = 2.0
 _IP_MTU_DISCOVER, _IP_PMTUDISC_DO = 10, 2
 _IPV6_MTU_DISCOVER, _IPV6_PMTUDISC_DO = 23, 2
@@ -52,7 +54,7 @@ def _send_random(connection: socket.socket, size: int) -> str:
 
 def _serve_connection(connection: socket.socket) -> None:
     with connection, contextlib.suppress(OSError, EOFError):
-        connection.settimeout(_PATIENCE)
+        connection.settimeout(_IDLE)
         word, _, line = _read_line(connection).partition(" ")
         if word == "say":
             connection.sendall(line[::-1].encode())

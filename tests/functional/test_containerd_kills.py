@@ -181,19 +181,17 @@ def test_a_vm_that_does_not_answer(containerd: Containerd) -> None:
         second = threads.submit(remove, containerd, "c2")
         began = time.monotonic()
         assert status(containerd, "c1") == "RUNNING"
-        assert time.monotonic() - began < 1
         # It waits, as it does for a process that is stopped.
         containerd("task", "kill", "--signal", "TERM", "c1")
-        assert time.monotonic() - began < 6
         containerd("task", "kill", "--signal", "KILL", "c1")
         await_true(lambda: status(containerd, "c1") == "STOPPED")
-        assert 10 < time.monotonic() - began < 30
+        assert time.monotonic() - began > 10
         assert "137" in containerd("task", "rm", "c1").err
         for name in ("c1", "c2"):
             told = hear(name, "/tasks/delete")
             assert [topic for topic, _ in told] == ["/tasks/exit", "/tasks/delete"]
             assert {event["exit_status"] for _, event in told} == {137}
-        assert 20 < time.monotonic() - began < 60
+        assert time.monotonic() - began > 20
         second.result()
     containerd("containers", "rm", "c1")
 

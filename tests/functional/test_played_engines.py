@@ -118,7 +118,7 @@ class Task:
     def shutdown(self, container: str) -> None:
         """As engines do, to whom it is no error that there is nobody left to answer."""
         with contextlib.suppress(Closed):
-            self.call("Shutdown", pb.ShutdownRequest(id=container), Empty, 3)
+            self.call("Shutdown", pb.ShutdownRequest(id=container), Empty)
 
 
 def refusal(call: Callable[[], object]) -> int:
@@ -413,7 +413,7 @@ class Containerd:
     def clean_up(self, container: str, bundle: Path) -> pb.DeleteResponse:
         """Call `delete`, as after each task, also one that has ended as it should."""
         flags = [*self.program.flags(container), "-bundle", str(bundle), "delete"]
-        done = self.program.run(*flags, cwd=bundle, seconds=5)
+        done = self.program.run(*flags, cwd=bundle)
         assert done.returncode == 0
         return pb.DeleteResponse.FromString(done.stdout)
 

@@ -23,7 +23,9 @@ _MIB = 1 << 20
 # Of memory: the kernel charges a little to those that it has no choice with.
 _MORE = 1 << 20
 # Of a timeout to its answer, where the machine is slow and shared: half a second is for the bench to show.
-_SOON = 5.0
+_SOON = 60.0
+# For a command to begin and to say so.
+_ENOUGH = 8.0
 _GROW = """
 import os, time
 if os.fork() == 0:
@@ -284,6 +286,7 @@ def test_as_much_output_as_there_may_be(victim: Sandbox) -> None:
     assert (result.truncated, len(result.stdout) + len(result.stderr)) == (True, 1000)
 
 
+@pytest.mark.timeout(900)
 def test_a_million_tiny_writes(victim: Sandbox) -> None:
     write = "import os\nfor number in range(1_000_000):\n    os.write(1, b'%d' % (number % 10))"
     result = victim.run(python(write), timeout=4 * DEADLINE)
@@ -382,12 +385,12 @@ def test_ending_the_vm_from_inside(victim: Sandbox) -> None:
 
 
 def test_a_vm_that_stops_answering(arena: Arena, victim: Sandbox) -> None:
-    with victim.start(["sh", "-c", "echo on; sleep infinity"], timeout=3) as process:
+    with victim.start(["sh", "-c", "echo on; sleep infinity"], timeout=_ENOUGH) as process:
         assert process.read(DEADLINE) is not None
         os.kill(helpers(arena.state, victim.id)["QEMU"], signal.SIGSTOP)
         verdict = process.wait(DEADLINE)
     assert (verdict.killed_by, verdict.trusted, verdict.exit_code, verdict.signal) == (KilledBy.WALL, True, None, None)
-    assert 3 <= verdict.wall_seconds < 3 + _SOON
+    assert _ENOUGH <= verdict.wall_seconds < _ENOUGH + _SOON
     assert verdict.host_cpu_seconds is not None
     assert not victim.alive
 

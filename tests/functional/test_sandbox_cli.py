@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
-import re
 import select
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -40,16 +38,16 @@ def test_json_and_meta(katapy: Katapy, tmp_path: Path) -> None:
     """One object with all of it; a limit is named."""
     meta, case = tmp_path / "meta", tmp_path / "case"
     case.write_bytes(b"1 2\n")
-    arguments = ("--stdin", case, "--meta", meta, "--wall-time", "3", "--json")
+    arguments = ("--stdin", case, "--meta", meta, "--wall-time", "8", "--json")
     done = katapy("sandbox", *arguments, "--", "sh", "-c", "read -r a b; echo $((a + b)); exec sleep 1000")
     assert done.returncode == 137
     found = json.loads(done.stdout)
     assert (found["stdout"], found["stderr"], found["truncated"]) == ("3\n", "", False)
     assert (found["killed_by"], found["trusted"], found["exit_code"], found["signal"]) == ("wall", True, None, None)
-    assert found["wall_seconds"] >= 3
+    assert found["wall_seconds"] >= 8
     lines = dict(line.split(":", 1) for line in meta.read_text().splitlines())
     assert (lines["status"], lines["killed"]) == ("TO", "1")
-    assert float(lines["time-wall"]) >= 3
+    assert float(lines["time-wall"]) >= 8
 
 
 def test_a_limit_is_named_on_stderr(katapy: Katapy) -> None:
@@ -228,6 +226,9 @@ def test_a_pool_that_is_killed(katapy: Katapy) -> None:
     """Its sandboxes end with it, the ones in use too; a sandbox can be had without it."""
     with serving(katapy) as process, Sandbox(state_dir=katapy.root) as sandbox:
         running = sandbox.start(["sleep", "1000"])
+        # Another one takes its place.
+        two = ["running", "running"]
+        await_true(lambda: [katapy.state(path.name)["status"] for path in katapy.root.glob("sandbox-*")] == two)
         process.kill()
         process.wait(DEADLINE)
         # Its shim ends it when it sees that; what comes first is not ours to say.
@@ -239,11 +240,6 @@ def test_a_pool_that_is_killed(katapy: Katapy) -> None:
     # A socket of the dead one is there, and in nobody's way.
     with serving(katapy):
         pass
-    # It may have been killed as it made the next one. Starts remove that in their own time (test_state.py).
-    for unfinished in katapy.root.glob("~*"):
-        assert re.fullmatch("~[0-9a-f]{16}", unfinished.name)
-        assert {path.name for path in unfinished.iterdir()} <= {"config.json"}
-        shutil.rmtree(unfinished)
 
 
 def test_two_pools(katapy: Katapy) -> None:

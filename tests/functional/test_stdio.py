@@ -118,7 +118,7 @@ def test_delete_waits_for_output_on_its_way(katapy: Katapy, bundle: MakeBundle) 
         assert time.monotonic() < deadline
     with katapy.start("delete", "c1") as deleting, os.fdopen(reader, "rb") as file:
         pidfd = os.pidfd_open(deleting.pid)
-        assert not select.select([pidfd], [], [], 3)[0], "it did not wait"
+        assert not select.select([pidfd], [], [], 1)[0], "it did not wait"
         os.close(pidfd)
         assert len(file.read()) == size
         assert deleting.wait(DEADLINE) == 0
@@ -184,7 +184,7 @@ def test_interactive_shell(katapy: Katapy, bundle: MakeBundle) -> None:
         terminal.expect(b"/dev/pts/0")
         terminal.expect(b"ready> ")
         terminal.resize(20, 60)
-        terminal.type(b"sleep 1; stty size\r")
+        terminal.type(b"until stty size | grep '^20 6'0; do sleep 0.1; done\r")
         terminal.expect(b"20 60")
         terminal.expect(b"ready> ")
         terminal.type(b"sh -c 'echo started; sleep 1000'\r")

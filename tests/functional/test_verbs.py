@@ -169,7 +169,7 @@ def test_update(katapy: Katapy, bundle: MakeBundle, tmp_path: Path) -> None:
     katapy("update", "--pids-limit", "8", "--cpu-quota", "-1", "c1", check=True)
     assert files("cpu.max") == ["max 50000"]
     assert quota_on_host() in ("-1", "max")
-    assert "can't fork" in katapy("exec", "c1", *sh("for i in 1 2 3 4 5 6 7 8; do sleep 5 & done")).stderr.decode()
+    assert "can't fork" in katapy("exec", "c1", *sh("for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done")).stderr.decode()
     katapy("kill", "c1", "KILL", check=True)
     eventually(lambda: katapy.state("c1")["status"] == "stopped", "it was not killed")
     refused(katapy("update", "--pids-limit", "8", "c1"), "cannot update container c1: it is stopped")
@@ -301,8 +301,9 @@ def test_a_start_container_hook_that_fails(
 class PodOfTwo:
     """A pod whose sandbox is ``s1``; ``run`` puts another container into its VM."""
 
-    # SIGTERM ends it, also as the init of a PID namespace.
-    WAITING = sh("trap 'exit 9' TERM; while :; do sleep 0.1; done")
+    # SIGTERM ends it, also as the init of a PID namespace. It does not fork again: until such a child has become
+    # another program, it is listed as its parent.
+    WAITING = sh("trap 'exit 9' TERM; sleep 1000 & wait")
 
     def __init__(self, katapy: Katapy, bundle: MakeBundle) -> None:
         self._katapy = katapy

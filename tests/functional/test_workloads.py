@@ -78,6 +78,7 @@ def debian_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rootfs
 
 
+@pytest.mark.timeout(1200)  # it may be the first to ask for the root
 def test_python_in_debian(katapy: Katapy, bundle: MakeBundle, debian_root: Path) -> None:
     """It computes, forks, threads, talks over loopback and writes files; and the host sees what it wrote."""
 

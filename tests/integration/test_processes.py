@@ -41,14 +41,14 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[run.Process]:
     process.kill()
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(60)
 async def test_stopping_what_is_stuck_in_the_kernel(stuck: run.Process, caplog: pytest.LogCaptureFixture) -> None:
     """One helper in uninterruptible sleep kept a pod's end waiting for ever."""
     assert await stuck.stop(grace=0.01) is None
     assert caplog.messages == [f"the sleeper does not end: pid {stuck.pid} is stuck in the kernel"]
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(60)
 def test_killing_what_is_stuck_in_the_kernel(stuck: run.Process, caplog: pytest.LogCaptureFixture) -> None:
     """The wait after SIGKILL had no deadline."""
     stuck.kill()

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -269,15 +268,13 @@ def test_qemu_dies_with_its_owner(config: VmConfig, tmp_path: Path) -> None:
     try:
         owner.kill()
         owner.wait()
-        assert select.select([pidfd], [], [], 5.0)[0] == [pidfd]
+        assert select.select([pidfd], [], [], 60.0)[0] == [pidfd]
     finally:
         os.close(pidfd)
 
 
 async def test_a_probe_that_hangs_is_given_up() -> None:
-    started = time.monotonic()
-    assert await measure(["/usr/bin/sleep", "60"], 0.05) is None
-    assert time.monotonic() - started < 2
+    assert await measure(["/usr/bin/sleep", "infinity"], 0.05) is None
 
 
 async def test_a_probe_that_answers() -> None:

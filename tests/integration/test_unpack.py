@@ -344,7 +344,7 @@ MEMBERS = st.builds(
 
 
 @given(st.lists(st.lists(MEMBERS, max_size=8), min_size=1, max_size=3))
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nothing_leads_outside_whatever_a_layer_holds(unpack: Unpack, layers: list[list[Member]]) -> None:
     """The fixture asserts it, and that no descriptor is left open."""
     problem = ""

@@ -30,7 +30,7 @@ class Shim:
         pairs = {name: socket.socketpair() for name in names}
         self.streams = {name: far for name, (_, far) in pairs.items()}
         for sock in (self.control, *self.streams.values()):
-            sock.settimeout(10)
+            sock.settimeout(60)
             self._stack.enter_context(sock)
         self.attachment = Attachment(mine, terminal, {name: near for name, (near, _) in pairs.items()})
 
@@ -71,8 +71,8 @@ def pipes() -> Iterator[Pipes]:
 
 
 @contextlib.contextmanager
-def playing(target: Callable[[], object]) -> Iterator[None]:
-    """Run the shim's part in a thread; its failure is the test's."""
+def playing(shim: Shim, target: Callable[[], object]) -> Iterator[None]:
+    """Run the shim's part in a thread; its failure is the test's, and ends the pump, which would wait for more."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -80,6 +80,7 @@ def playing(target: Callable[[], object]) -> Iterator[None]:
             target()
         except BaseException as error:
             errors.append(error)
+            shim.control.shutdown(socket.SHUT_RDWR)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -87,8 +88,8 @@ def playing(target: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         thread.join()
-    if errors:
-        raise errors[0]
+        if errors:
+            raise errors[0]
 
 
 def run_pump(shim: Shim, pipes: Pipes, signals: Signals | None = None) -> int:
@@ -111,7 +112,7 @@ def test_streams_signals_and_the_exit_status(pipes: Pipes) -> None:
             assert json.loads(shim.control.recv(99)) == {"signal": 34}
             shim.exit(42)
 
-        with playing(play):
+        with playing(shim, play):
             assert run_pump(shim, pipes) == 42
     assert (os.read(pipes.out, 99), os.read(pipes.err, 99)) == (b"to out", b"to err")
 
@@ -128,7 +129,7 @@ def test_output_written_before_the_exit_is_not_lost(pipes: Pipes) -> None:
             while len(got) < len(data):
                 got.extend(os.read(pipes.out, 65536))
 
-        with playing(play):
+        with playing(shim, play):
             assert run_pump(shim, pipes) == 0
     assert got == data
 
@@ -139,14 +140,15 @@ def test_a_reader_that_is_gone_closes_that_stream_only(pipes: Pipes) -> None:
 
         def play() -> None:
             stdout = shim.streams["stdout"]
-            with contextlib.suppress(BrokenPipeError):
+            # Closed over what has not been read it is reset, for who is about to send at that moment.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 while True:
                     stdout.sendall(bytes(4096))
             shim.streams["stderr"].sendall(b"still here")
             assert os.read(pipes.err, 99) == b"still here"
             shim.exit(141)
 
-        with playing(play):
+        with playing(shim, play):
             assert run_pump(shim, pipes) == 141
 
 
@@ -161,7 +163,7 @@ def test_input_that_nobody_reads_is_left_to_the_next(pipes: Pipes) -> None:
             os.write(pipes.feed, b"for the shell")
             shim.exit(0, "stdout", "stderr")
 
-        with playing(play):
+        with playing(shim, play):
             assert run_pump(shim, pipes) == 0
     assert os.read(pipes.stdin, 99) == b"for the shell"
 
@@ -179,7 +181,7 @@ def test_the_end_does_not_wait_for_input_nor_steal_it(pipes: Pipes) -> None:
 def test_the_caller_s_descriptors_stay_as_they_are(pipes: Pipes) -> None:
     """stdio is shared with the caller, who would be surprised by O_NONBLOCK; and may itself have set it."""
     os.set_blocking(pipes.stdout, False)
-    data = os.urandom(300_000)  # more than a pipe holds
+    data = os.urandom(200_000)  # more than a pipe holds, less than that and the stream
     got = bytearray()
     with Shim(ALL) as shim:
 
@@ -189,7 +191,7 @@ def test_the_caller_s_descriptors_stay_as_they_are(pipes: Pipes) -> None:
             while len(got) < len(data):
                 got.extend(os.read(pipes.out, 65536))
 
-        with playing(play):
+        with playing(shim, play):
             assert run_pump(shim, pipes) == 0
     assert got == data
     assert [os.get_blocking(fd) for fd in (pipes.stdin, pipes.stdout, pipes.stderr)] == [True, False, True]
@@ -202,7 +204,7 @@ def test_a_closed_stdin_is_an_empty_one(pipes: Pipes) -> None:
             assert shim.streams["stdin"].recv(9) == b""
             shim.exit(0)
 
-        with playing(play):
+        with playing(shim, play):
             assert pump(shim.attachment, 9999, pipes.stdout, pipes.stderr) == 0
 
 
@@ -256,19 +258,19 @@ def test_silence_after_the_exit_is_bounded(pipes: Pipes, monkeypatch: pytest.Mon
 
 def test_a_slow_reader_after_the_exit_is_waited_for(pipes: Pipes, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `katapy run … | less`: the pause between two screens may be long; Ctrl-C ends it."""
-    monkeypatch.setattr(attach, "_DRAIN_SECONDS", 0.02)
-    data = os.urandom(400_000)
+    monkeypatch.setattr(attach, "_DRAIN_SECONDS", 0.5)
+    data = os.urandom(200_000)  # more than a pipe holds, less than that and the stream
     with Shim(["stdout"]) as shim:
         got = bytearray()
 
         def play() -> None:
             shim.streams["stdout"].sendall(data)
             shim.exit(0)
-            threading.Event().wait(0.2)  # ten times the bound
+            threading.Event().wait(1.5)  # three times the bound
             while len(got) < len(data):
                 got.extend(os.read(pipes.out, 65536))
 
-        with playing(play):
+        with playing(shim, play):
             assert run_pump(shim, pipes) == 0
             assert len(data) - len(got) <= 131_072  # all but what the pipe holds had been written
     assert got == data
@@ -296,7 +298,7 @@ def test_a_fatal_signal_ends_the_drain(pipes: Pipes) -> None:
             while not ended.wait(0.02):  # the first ones may still be the container's
                 os.kill(os.getpid(), signal.SIGINT)
 
-        with playing(play):
+        with playing(shim, play):
             assert run_pump(shim, pipes, signals) == 0
             ended.set()
     # The thread that is in write(2) ends when it is done there; not later, when the descriptor is another's.

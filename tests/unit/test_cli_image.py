@@ -43,10 +43,9 @@ def run(data: Path, *args: str) -> click.testing.Result:
 def test_table(data: Path) -> None:
     digest = guest.find_image(data).digest
     lines = run(data, "ls").stdout.splitlines()
-    assert [line.split() for line in lines] == [
-        ["DIGEST", "SIZE", "KERNEL", "AGE"],
-        [digest[:12], "1.5", "MiB", "6.1.9-katapy", "0", "seconds"],
-    ]
+    heading, (*row, _, unit) = [line.split() for line in lines]
+    assert heading == ["DIGEST", "SIZE", "KERNEL", "AGE"]
+    assert (row, unit) == ([digest[:12], "1.5", "MiB", "6.1.9-katapy"], "seconds")
 
 
 def test_table_without_kernel(data: Path) -> None:

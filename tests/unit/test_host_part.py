@@ -26,7 +26,7 @@ async def test_a_cgroup_whose_making_is_interrupted_is_removed(monkeypatch: pyte
 
     def create(*_: Any, **__: Any) -> SimpleNamespace:
         begun.set()
-        assert goes_on.wait(10)
+        assert goes_on.wait(60)
         return SimpleNamespace(remove=removed.set)
 
     monkeypatch.setattr(HostCgroup, "create", create)

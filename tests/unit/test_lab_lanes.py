@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -42,8 +43,15 @@ os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)
         assert said == [f"{lane} --release x", f"error of {lane}"]
 
 
-def test_they_end_with_what_waits_for_them(tmp_path: Path) -> None:
+def test_they_end_with_what_waits_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupt reaches both, and nothing is left."""
+    waited_for, wait = threading.Event(), subprocess.Popen.wait
+
+    def noted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        waited_for.set()
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", noted)
     fifo = tmp_path / "pids"
     os.mkfifo(fifo)
     said = os.open(fifo, os.O_RDWR)
@@ -53,6 +61,7 @@ def test_they_end_with_what_waits_for_them(tmp_path: Path) -> None:
     def interrupt() -> None:
         while found.count(b"\n") < len(lanes.LANES):
             found.extend(os.read(said, 100))
+        waited_for.wait()
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt, daemon=True)

@@ -60,7 +60,7 @@ async def test_a_terminal_has_one_stream(stack: ExitStack) -> None:
     assert (described.terminal, described.rows, described.columns) == (True, 24, 80)
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(60)
 async def test_a_guest_that_takes_no_byte(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that accepts a stream and gives no credit for its name held up Create and Start for ever."""
     monkeypatch.setattr(stdio, "_NAME_SECONDS", 0.05)

@@ -48,13 +48,13 @@ async def pair() -> AsyncIterator[tuple[socket.socket, FakeQemu]]:
 
 
 async def connected(pair: tuple[socket.socket, FakeQemu]) -> qmp.Qmp:
-    control, _ = await asyncio.gather(qmp.connect(pair[0], name="web", timeout=5), pair[1].greet())
+    control, _ = await asyncio.gather(qmp.connect(pair[0], name="web", timeout=30), pair[1].greet())
     return control
 
 
 async def test_a_command_gets_its_answer(pair: tuple[socket.socket, FakeQemu]) -> None:
     control = await connected(pair)
-    running = asyncio.create_task(control.execute("query-status", {"a": 1}, timeout=5))
+    running = asyncio.create_task(control.execute("query-status", {"a": 1}, timeout=30))
     heard = await pair[1].hear()
     assert (heard["execute"], heard["arguments"]) == ("query-status", {"a": 1})
     await pair[1].say({"return": {"status": "running"}, "id": heard["id"]})
@@ -64,7 +64,7 @@ async def test_a_command_gets_its_answer(pair: tuple[socket.socket, FakeQemu]) -
 
 async def test_a_refusal_carries_qemus_words(pair: tuple[socket.socket, FakeQemu]) -> None:
     control = await connected(pair)
-    running = asyncio.create_task(control.execute("device_add", timeout=5))
+    running = asyncio.create_task(control.execute("device_add", timeout=30))
     heard = await pair[1].hear()
     await pair[1].say({"error": {"class": "GenericError", "desc": "no such bus"}, "id": heard["id"]})
     with pytest.raises(Unavailable, match="device_add failed: no such bus"):
@@ -81,13 +81,13 @@ async def test_every_command_has_a_deadline(pair: tuple[socket.socket, FakeQemu]
 
 async def test_a_qemu_that_dies_ends_the_command(pair: tuple[socket.socket, FakeQemu]) -> None:
     control = await connected(pair)
-    running = asyncio.create_task(control.execute("stop", timeout=5))
+    running = asyncio.create_task(control.execute("stop", timeout=30))
     await pair[1].hear()
     pair[1].hang_up()
     with pytest.raises(Unavailable, match="stop failed"):
         await running
     with pytest.raises(Unavailable, match="cont failed"):
-        await control.execute("cont", timeout=5)
+        await control.execute("cont", timeout=30)
     await control.close()
 
 
@@ -99,7 +99,7 @@ async def test_a_qemu_that_never_greets(pair: tuple[socket.socket, FakeQemu]) ->
 async def test_a_qemu_that_ends_at_once(pair: tuple[socket.socket, FakeQemu]) -> None:
     pair[1].hang_up()
     with pytest.raises(Unavailable, match="ended before it greeted"):
-        await qmp.connect(pair[0], name="web", timeout=5)
+        await qmp.connect(pair[0], name="web", timeout=30)
 
 
 async def test_a_qemu_that_ends_just_after_its_greeting(pair: tuple[socket.socket, FakeQemu]) -> None:
@@ -113,9 +113,9 @@ async def test_a_qemu_that_ends_just_after_its_greeting(pair: tuple[socket.socke
         await pair[1].say({"return": {}}, event)
         pair[1].hang_up()
 
-    control, _ = await asyncio.gather(qmp.connect(pair[0], name="web", timeout=5), greet_and_end())
+    control, _ = await asyncio.gather(qmp.connect(pair[0], name="web", timeout=30), greet_and_end())
     with pytest.raises(Unavailable, match="cont failed"):
-        await control.execute("cont", timeout=5)
+        await control.execute("cont", timeout=30)
     assert control.shutdown_reason() == "guest-reset"
     await control.close()
 
@@ -140,7 +140,7 @@ async def test_events_are_bounded_and_the_shutdown_is_known(pair: tuple[socket.s
     for _ in range(100):
         await pair[1].say({"event": "RTC_CHANGE", "data": {"offset": 1}, "timestamp": stamp})
     await pair[1].say({"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}, "timestamp": stamp})
-    running = asyncio.create_task(control.execute("stop", timeout=5))
+    running = asyncio.create_task(control.execute("stop", timeout=30))
     heard = await pair[1].hear()
     await pair[1].say({"return": {}, "id": heard["id"]})
     await running

@@ -42,6 +42,12 @@ class Listener:
         return {SERVICE: {"Forward": Method(pb.ForwardRequest, self.forward, False)}}
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told is heard, however slow the machine."""
+    monkeypatch.setattr("katapy.shim.events._FLUSH_SECONDS", 60.0)
+
+
 def engine(path: Path | str, publisher: str = "", address: str = "") -> Engine:
     return Engine("default", address, str(path), publisher, "/link", "/log")
 

@@ -28,6 +28,7 @@ class Guest:
         self.answer, self.silent = answer, silent
         self.taken: list[tuple[str, int]] = []
         self.killed: KatapyError | None = None
+        self.was_killed = asyncio.Event()
         self.agent = self
 
     async def signal(self, container_id: str, exec_id: str, number: int, **options: Any) -> None:
@@ -43,6 +44,7 @@ class Guest:
 
     def kill(self, why: KatapyError) -> None:
         self.killed = why
+        self.was_killed.set()
 
     @property
     def machine(self) -> Machine:
@@ -88,7 +90,7 @@ async def test_a_sandbox_that_does_not_end_takes_its_vm_along() -> None:
     sending, containers = pod("p", "c1")
     guest = Guest()
     await sending.kill(guest.machine, containers["p"], everyone=False)
-    await asyncio.sleep(0.1)
+    await asyncio.wait_for(guest.was_killed.wait(), 30)
     assert "p has not ended" in str(guest.killed)
 
 
@@ -102,8 +104,7 @@ async def test_a_container_that_does_not_end_leaves_the_others_alone() -> None:
     containers["c2"].init.finish(0, oom_killed=False)
     await sending.kill(guest.machine, containers["c3"], everyone=True)
     await sending.kill(guest.machine, containers["c1"], everyone=True)
-    await asyncio.sleep(0.1)
-    assert guest.killed is not None
+    await asyncio.wait_for(guest.was_killed.wait(), 30)
 
 
 async def test_other_signals_wait_with_the_vm() -> None:

@@ -99,7 +99,6 @@ HEADERS = st.dictionaries(st.sampled_from(["SCHILY.xattr.user.a", "comment"]), s
     ),
     st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
-@settings(deadline=None)
 def test_what_is_written_is_read(files: list[tuple[bytes, bytes, int, int, int, dict[str, str]]], kind: int) -> None:
     made = []
     for name, data, mode, uid, mtime, headers in files:
@@ -115,14 +114,13 @@ def test_what_is_written_is_read(files: list[tuple[bytes, bytes, int, int, int, 
 
 
 @given(st.binary(max_size=3000))
-@settings(deadline=None)
 def test_noise_is_refused_or_empty(data: bytes) -> None:
     with suppress(InvalidArgument):
         assert read(data) == []
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_a_damaged_archive_is_refused_or_read(data: st.DataObject) -> None:
     """Whatever is changed, nothing else comes out than members or one error; checksums are made right again."""
     info, content = member("name" * 50, b"data" * 200, pax_headers={"SCHILY.xattr.user.a": "value"})

@@ -181,7 +181,7 @@ def test_queue_waits_to_be_enabled() -> None:
         assert len(guest.receive()) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 41), st.binary(max_size=48), st.integers(0, 2)), max_size=12))
 def test_any_messages_end_in_an_answer_or_a_clean_error(messages: list[tuple[int, bytes, int]]) -> None:
     with Guest() as guest, contextlib.suppress(ProtocolError):

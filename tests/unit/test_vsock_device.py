@@ -328,7 +328,7 @@ def test_acknowledgements(guest: Guest, forwarded: int, legal: bool) -> None:
         assert answer == ([OP_RW, OP_CREDIT_REQUEST] if forwarded > 0 else [])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), layout=st.sampled_from([(3776,), (44, 4096), (20, 24, 1), (10, 10, 10, 10, 10, 700), (4096, 9)]))
 def test_host_to_guest_arrives_whole(data: st.DataObject, layout: tuple[int, ...]) -> None:
     """Whatever buffers the guest posts and however it reads; ``Stream.read`` asserts that it is never overrun."""
@@ -345,7 +345,7 @@ def test_host_to_guest_arrives_whole(data: st.DataObject, layout: tuple[int, ...
         assert stream.data == sent
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_guest_to_host_arrives_whole(data: st.DataObject) -> None:
     """Whatever packets the guest makes within its credit, and however slowly the host reads."""
@@ -549,7 +549,7 @@ def test_longest_chain_is_not_a_loop() -> None:
         assert stream.data == sent
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_descriptors_end_in_work_or_a_clean_error(data: st.DataObject) -> None:
     """Random rings, on both queues, in front of live connections."""
@@ -572,7 +572,7 @@ def test_any_descriptors_end_in_work_or_a_clean_error(data: st.DataObject) -> No
             pass
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_packets_leave_the_device_alive(data: st.DataObject) -> None:
     with Guest() as guest:
