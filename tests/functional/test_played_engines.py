@@ -606,9 +606,10 @@ def test_killed_before_the_engine_has_connected(containerd: Containerd) -> None:
     def kept_by(name: str) -> Any:
         return json.loads((containerd.root / name / "state.json").read_text())["shim"]
 
-    for name in ("c1", "c2"):
+    for name in bundles:
         # It serves before it has said so.
         await_true(lambda name=name: kept_by(name)["name"] == "shim")  # type: ignore[misc]
+    for name in ("c1", "c2"):
         pid = kept_by(name)["pid"]
         os.kill(pid, signal.SIGKILL)
         await_true(lambda pid=pid: pid not in descendants())  # type: ignore[misc]
