@@ -88,6 +88,7 @@ class Container:
         self._removed = False
         self._execs: dict[str, Process] = {}
         self._oom_kills = 0
+        self._watch = -1
 
     @property
     def state(self) -> State:
@@ -138,8 +139,9 @@ class Container:
             undo.pop_all()
         self._spec, self._cgroup, self._init = spec, cgroup, init
         init.when_ended(self._init_ended)
-        with contextlib.suppress(FileNotFoundError):  # a kernel without the memory controller
-            self._services.files.add(str(cgroup.memory_events), self._memory_events_changed)
+        # A kernel without the memory controller, or no watch is left: then kills are counted at the end.
+        with contextlib.suppress(OSError):
+            self._watch = self._services.files.add(str(cgroup.memory_events), self._memory_events_changed)
         return init.pid
 
     async def start(self) -> None:
@@ -175,7 +177,11 @@ class Container:
                 )
                 try:
                     started = await Process.build(self._services.launcher, self._services.reaper, plan, stdio)
-                    await started.execute()
+                    try:
+                        await started.execute()
+                    except BaseException:
+                        started.abandon()
+                        raise
                 except KatapyError as error:
                     # The container's end may be why, of which nobody has told us yet.
                     if procfs.is_ending(init.pid):
@@ -281,6 +287,7 @@ class Container:
             except TimeoutError:
                 raise Timeout(f"container {self.id}: processes survive SIGKILL for {_KILL_DEADLINE:g} s") from None
             self.oom_killed()
+            self._services.files.remove(self._watch)
             for process in processes:
                 process.stdio.close()
             await asyncio.to_thread(self.cgroup.remove)

@@ -16,7 +16,7 @@ from katapy_agent.errors import AlreadyExists, InvalidArgument, Timeout
 NAME_MAX: Final = 128
 _DEADLINE: Final = 10.0  # seconds for a name to arrive, and for a named connection
 _NAMELESS_MAX: Final = 64
-_UNCLAIMED_MAX: Final = 256
+_UNCLAIMED_MAX: Final = 1536  # of as many processes as a container may have of the host's
 
 
 class Exchange:
@@ -30,9 +30,9 @@ class Exchange:
     async def serve(self, listener: socket.socket) -> None:
         """Accept connections on ``listener``, for ever."""
         async for connection in vsock.accept(listener):
-            if len(self._nameless) >= _NAMELESS_MAX:
-                connection.close()
-                continue
+            # They come in one burst, and each is the host's: the rest wait to be accepted.
+            while len(self._nameless) >= _NAMELESS_MAX:
+                await asyncio.wait(self._nameless, return_when=asyncio.FIRST_COMPLETED)
             task = asyncio.create_task(self.introduce(connection))
             self._nameless.add(task)
             task.add_done_callback(self._nameless.discard)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -171,7 +172,8 @@ def _end_with(last: Callable[[], object]) -> NoReturn:
 
 
 def _refuse(control: int, message: str) -> None:
-    with socket.socket(fileno=os.dup(control)) as end:
+    # The agent may have given it up.
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(control)) as end:
         end.send(json.dumps({"error": {"kind": "Unavailable", "message": message}}).encode())
 
 

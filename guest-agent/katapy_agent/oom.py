@@ -34,10 +34,19 @@ class FileWatch:
         self._callbacks: dict[int, Callable[[], None]] = {}
         asyncio.get_running_loop().add_reader(self._fd, self._read)
 
-    def add(self, path: str, changed: Callable[[], None]) -> None:
-        """Call ``changed`` after every change of ``path``, until the file is gone."""
+    def add(self, path: str, changed: Callable[[], None]) -> int:
+        """Call ``changed`` after every change of ``path``, until the watch that is returned is removed.
+
+        Raises OSError, also where there are no more watches: containers have theirs, of the same number.
+        """
         watch = _check(_libc.inotify_add_watch(self._fd, os.fsencode(path), _IN_MODIFY), path)
         self._callbacks[watch] = changed
+        return watch
+
+    def remove(self, watch: int) -> None:
+        """Forget a watch. The kernel does not, by itself, where the file was a cgroup's."""
+        if self._callbacks.pop(watch, None) is not None:
+            _libc.inotify_rm_watch(self._fd, watch)
 
     def _read(self) -> None:
         # All records are without a name, since only files are watched.

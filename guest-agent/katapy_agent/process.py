@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Mapping
 
 from katapy_agent.errors import Internal, InvalidArgument, NotFound, Unavailable
@@ -75,6 +76,11 @@ class Process:
                 raise Internal("process reported out of order while it was started")
         finally:
             self._control.close()
+
+    def abandon(self) -> None:
+        """Kill it, if it lives: nobody knows of it."""
+        if self.exit_status is None:
+            os.kill(self.pid, signal.SIGKILL)
 
     def signal(self, number: int) -> None:
         """Send a signal, 1 to 64. Raises NotFound when the process has ended."""

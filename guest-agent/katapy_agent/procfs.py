@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 COMMAND_MAX: Final = 4096
 _PF_EXITING: Final = 0x4
+_SIGKILL: Final = 1 << signal.SIGKILL - 1
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,19 @@ def describe(pid: int, *, command_max: int = COMMAND_MAX) -> ProcessFacts | None
 
 
 def is_ending(pid: int) -> bool:
-    """Tell whether ``pid`` has ended, or the kernel is about to end it (proc(5), /proc/pid/stat, "flags")."""
+    """Tell whether ``pid`` has ended, or the kernel is about to end it (proc(5), /proc/pid/stat)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return True
-    # Its name is in parentheses, and may have some itself.
-    return bool(int(stat.rpartition(")")[2].split()[6]) & _PF_EXITING)
+    return _is_ending(stat)
+
+
+def _is_ending(stat: str) -> bool:
+    # Its name is in parentheses, and may have some itself. Then fields from the third on: "flags" is the ninth,
+    # "signal", what is pending, the 31st.
+    fields = stat.rpartition(")")[2].split()
+    return bool(int(fields[6]) & _PF_EXITING or int(fields[28]) & _SIGKILL)
 
 
 def parse(pid: int, status: str, cmdline: bytes) -> ProcessFacts:

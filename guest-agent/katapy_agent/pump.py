@@ -18,6 +18,8 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Final
 
+from katapy_agent.errors import Unavailable
+
 PIPE_SIZE: Final = 1 << 20
 _CHUNK: Final = 256 << 10
 _GONE: Final = select.POLLERR | select.POLLHUP | select.POLLNVAL
@@ -63,7 +65,7 @@ class Pump:
     """Copies ``source`` to ``sink``, owns both descriptors (non-blocking) and closes them when either has ended.
 
     A sink that is a socket is told of the end even where another descriptor of it is open for the other direction.
-    ``ended`` is called in the pump's thread as its last act.
+    ``ended`` is called in the pump's thread as its last act. Raises Unavailable where there is no room for a thread.
     """
 
     def __init__(self, name: str, source: int, sink: int, ended: Callable[[], object] = lambda: None) -> None:
@@ -74,11 +76,17 @@ class Pump:
         self._lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._left = PIPE_SIZE  # no pipe holds more when a drain begins
-        self._move = self._splice if _is_socket(source) and _is_pipe(sink) else self._copy
-        self._buffer = bytearray(_CHUNK)
+        splices = _is_socket(source) and _is_pipe(sink)
+        self._move = self._splice if splices else self._copy
+        self._buffer = bytearray(0 if splices else _CHUNK)
         self._poller = _poller({self._wake: select.POLLIN, source: select.POLLIN, sink: 0})
         self._room = _poller({self._wake: select.POLLIN, sink: select.POLLOUT})
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name=name, daemon=True).start()
+        except RuntimeError as error:
+            for fd in (self._wake, source, sink):
+                os.close(fd)
+            raise Unavailable("cannot start a thread: the VM has too many processes, or too little memory") from error
 
     def drain(self) -> None:
         """Hand on what is there now, then end: for a source that others may hold open for ever."""
@@ -110,6 +118,8 @@ class Pump:
             os.close(self._source)
             _half_close(self._sink)
             os.close(self._sink)
+            # What has ended is kept for as long as its container.
+            self._buffer = bytearray()
             self._ended()
 
     def _step(self) -> bool:

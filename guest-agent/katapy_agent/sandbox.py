@@ -171,17 +171,18 @@ class Sandbox:
             parsed = config.parse_spec(spec)
             for name, options in (memory or {}).items():
                 storage.mount_memory(name, options)
-            with ExitStack() as held, ExitStack() as undo:
-                if root_disk:
-                    undo.callback(storage.release_root, container_id)
-                    read_only = parsed.root.readonly
-                    await asyncio.to_thread(storage.mount_root, container_id, root_disk, read_only=read_only)
+            if root_disk:
+                read_only = parsed.root.readonly
+                await asyncio.to_thread(storage.mount_root, container_id, root_disk, read_only=read_only)
+            with ExitStack() as held:
                 joined = held.enter_context(self.container(joined_id).join(joined_types)) if joined_types else None
-                pid = await container.build(parsed, streams, bundle=bundle, joined=joined)
-                undo.pop_all()
-                return pid
+                return await container.build(parsed, streams, bundle=bundle, joined=joined)
         except BaseException:
-            del self._containers[container_id]
+            try:
+                # The binds that it has looked up, too: what fails may do so again and again while the VM lives.
+                await asyncio.shield(asyncio.to_thread(storage.release, container_id))
+            finally:
+                del self._containers[container_id]
             raise
 
     async def remove_container(self, container_id: str) -> None:

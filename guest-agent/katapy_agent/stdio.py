@@ -138,16 +138,17 @@ class Stdio:
         connection = self._connections.pop(role, None)
         if connection is None:
             theirs = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            self._child_fds.append(theirs)
         else:
             reading, writing = os.pipe()
             theirs, ours = (reading, writing) if role == "stdin" else (writing, reading)
+            self._child_fds.append(theirs)
             os.set_blocking(ours, False)
             fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
             if role == "stdin":
                 self._input = Pump(role, connection.detach(), ours)
             else:
                 self._outputs.append(Pump(role, ours, connection.detach()))
-        self._child_fds.append(theirs)
         return theirs
 
     def _hang_up(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from katapy_agent import agent_pb2 as pb
-from katapy_agent import errors, procfs, sandbox, server
+from katapy_agent import errors, launcher, procfs, sandbox, server
 from katapy_agent.events import Events
 from katapy_agent.launcher import Console, Control, Forked, Ready
 from katapy_agent.machine import reseed, set_hostname, set_time
@@ -47,6 +48,19 @@ def test_process_facts() -> None:
 
 def test_process_that_is_gone_has_no_facts() -> None:
     assert procfs.describe(2**22 + 1) is None
+
+
+def test_process_that_is_about_to_end() -> None:
+    """A container's init, whose end comes before the end of what is started in it, or after it."""
+    living = Path("/proc/self/stat").read_text()
+    fields = living.rpartition(")")[2].split()
+    assert not procfs._is_ending(living)
+    exiting = [*fields[:6], str(int(fields[6]) | 0x4), *fields[7:]]
+    killed = [*fields[:28], "256", *fields[29:]]
+    for ending in (exiting, killed):
+        assert procfs._is_ending(f"1 (a) R b) {' '.join(ending)}")
+    assert not procfs.is_ending(os.getpid())
+    assert procfs.is_ending(2**22 + 1)
 
 
 @pytest.fixture
@@ -114,6 +128,14 @@ async def test_error_reports(
     with pytest.raises(kind) as error:
         await reports.report()
     assert type(error.value) is kind
+
+
+def test_nobody_hears_that_there_is_no_room_for_a_process() -> None:
+    """The launcher ended where the call had been given up, and the VM with it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()
+    launcher._refuse(theirs.fileno(), "cannot fork")
+    theirs.close()
 
 
 async def test_descriptors_of_a_bad_report_are_closed(control: tuple[Control, socket.socket]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import errno
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 from container_lab import Lab, find_hierarchy, open_lab
 from katapy_agent import cgroups, config, devices, errors, linux, schema, seccomp
+from katapy_agent.oom import FileWatch
 from katapy_agent.resources import DeviceRule, Resources
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
@@ -751,6 +753,22 @@ def test_a_cgroup_that_goes_while_it_is_asked(cgroup2: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", write_late)
         cgroup.kill()
+
+
+async def test_a_watch_of_a_cgroup_that_is_gone(cgroup2: Path) -> None:
+    """The kernel keeps it, and the agent kept the container that it was for."""
+    files = FileWatch()
+    watch = files.add(str(cgroup2 / "cgroup.events"), lambda: None)
+
+    def watches() -> int:
+        return Path(f"/proc/self/fdinfo/{files._fd}").read_text().count("inotify ")
+
+    assert (watches(), len(files._callbacks)) == (1, 1)
+    files.remove(watch)
+    assert (watches(), len(files._callbacks)) == (0, 0)
+    files.remove(watch)
+    asyncio.get_running_loop().remove_reader(files._fd)
+    os.close(files._fd)
 
 
 def opens_in(leaf: Path, attempts: list[tuple[str, int]]) -> list[bool]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 
+import pytest
+from katapy_agent.errors import Unavailable
 from katapy_agent.pump import PIPE_SIZE, Pump
 
 
@@ -40,3 +43,27 @@ def test_stop_ends_a_pump_whose_sink_is_full_and_later_orders_do_nothing() -> No
         pump.stop()
         ours.settimeout(30)
         read_all(ours)
+
+
+def test_what_has_ended_is_small() -> None:
+    """An exec is kept for as long as its container: a health check filled the VM's memory within hours."""
+    ours, theirs = socket.socketpair()
+    ended = threading.Event()
+    with ours:
+        pump = Pump("short", os.open(os.devnull, os.O_RDONLY), theirs.detach(), ended.set)
+        assert ended.wait(30)
+    assert sys.getsizeof(pump._buffer) < 1000
+
+
+def test_no_room_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a container has started all processes that the VM takes: no descriptor is left."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    before = os.listdir("/proc/self/fd")
+    ours, theirs = socket.socketpair()
+    with ours, pytest.raises(Unavailable, match="cannot start a thread"):
+        Pump("none", os.open(os.devnull, os.O_RDONLY), theirs.detach())
+    assert os.listdir("/proc/self/fd") == before

@@ -281,6 +281,25 @@ def test_streams_that_make_no_sense_are_refused(fields: dict[str, object]) -> No
         Streams(**fields)  # type: ignore[arg-type]
 
 
+async def test_many_streams_at_once() -> None:
+    """All that had come before the agent looked were accepted in one go, and those beyond 64 closed."""
+    exchange, (listener, *streams) = Exchange(), [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(101)]
+    listener.setblocking(False)
+    listener.bind("")  # a name that the kernel chooses
+    listener.listen(128)
+    for number, each in enumerate(streams):
+        each.connect(listener.getsockname())
+        each.sendall(bytes([3]) + f"{number:03}".encode())
+    serving = asyncio.create_task(exchange.serve(listener))
+    for number in range(len(streams)):
+        (await exchange.claim(f"{number:03}")).close()
+    serving.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+    for each in (listener, *streams):
+        each.close()
+
+
 async def test_one_name_for_two_streams_is_refused() -> None:
     with pytest.raises(InvalidArgument):
         await Stdio.connect(Exchange(), Streams(stdout="same", stderr="same"))

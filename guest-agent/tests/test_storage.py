@@ -6,10 +6,14 @@ import errno
 import os
 import socket
 from pathlib import Path
+from typing import cast
 
 import pytest
 from katapy_agent import storage
-from katapy_agent.errors import NotFound
+from katapy_agent.container import Services
+from katapy_agent.errors import InvalidArgument, NotFound
+from katapy_agent.sandbox import Sandbox
+from katapy_agent.stdio import Streams
 
 
 @pytest.fixture
@@ -60,3 +64,16 @@ def test_what_has_no_disk_has_nothing_to_release(tmp_path: Path, monkeypatch: py
     (tmp_path / "c2/written").mkdir(parents=True)
     storage.release_root("c2")
     assert not list(tmp_path.iterdir())
+
+
+async def test_a_create_that_fails_lets_go_of_what_it_has_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a container's removal did: a wrong command kept its root on the host busy until the pod's end."""
+    released: list[str] = []
+    monkeypatch.setattr(storage, "release", released.append)
+    box = Sandbox(cast(Services, None))
+    await box.create(hostname="", shared_tag="")
+    with pytest.raises(InvalidArgument):
+        await box.create_container("c1", b"{", Streams())
+    assert released == ["c1"]
+    with pytest.raises(NotFound):
+        box.container("c1")
