@@ -42,6 +42,10 @@ ID_MAX_LENGTH: Final = 76
 _VERSION: Final = 1
 _FILE: Final = "state.json"
 _ID: Final = re.compile(r"[A-Za-z0-9_+.-]+")
+# What State.shim is before a shim takes the container over: a command, which ends with the container where it lives, or
+# a program that uses the SDK, which does not.
+CREATOR: Final = "creator"
+CALLER: Final = "caller"
 _UNFINISHED: Final = re.compile(r"~[0-9a-f]{16}")
 _UNFINISHED_SECONDS: Final = 3600.0
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -85,8 +89,11 @@ class ProcessRef(NamedTuple):
         """Return a pidfd of this very process, which the caller closes; None when it has ended."""
         try:
             fd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return None
+        except OSError as error:
+            # The last two where the number is now that of another process's thread: it depends on the kernel.
+            if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
+                return None
+            raise
         # Checked after the descriptor is open: from here on the pid cannot become another process.
         if self.alive():
             return fd

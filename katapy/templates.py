@@ -82,7 +82,7 @@ def find(directory: Path, key: str) -> Template | None:
         _mark_used(place)
     except (NotFound, FileNotFoundError):
         if place.exists():
-            raise Unavailable(f"template {key[:12]} is damaged: files are missing") from None
+            raise _incomplete(key) from None
         return None
     return template
 
@@ -96,6 +96,9 @@ def list_templates(directory: Path) -> tuple[list[Template], list[KatapyError]]:
             found.append(_load(place))
         except KatapyError as error:
             errors.append(error)
+        except FileNotFoundError:
+            if place.exists():
+                errors.append(_incomplete(place.name))
     return sorted(found, key=lambda template: template.used, reverse=True), errors
 
 
@@ -204,6 +207,10 @@ def _mark_used(place: Path) -> None:
         return
 
 
+def _incomplete(key: str) -> Unavailable:
+    return Unavailable(f"template {key[:12]} is damaged: files are missing")
+
+
 def _places(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
@@ -225,7 +232,8 @@ def _load(place: Path) -> Template:
     try:
         document = _document(place)
         status = place.stat()
-        files = [path.stat() for path in place.iterdir()]
+        # Not all that is there: another start may be replacing what it notes of it.
+        files = [(place / name).stat() for name in (RAM, STATE, _MAP, _JSON)]
         return Template(
             key=place.name,
             directory=place,

@@ -262,8 +262,18 @@ class Cgroup:
 
 def _move(pid: int, home: Layout) -> None:
     for hierarchy in home.hierarchies:
-        with contextlib.suppress(OSError):
-            directory.write(f"{hierarchy.mount.rstrip('/')}{hierarchy.own.rstrip('/')}/cgroup.procs", str(pid))
+        path = hierarchy.own.rstrip("/")
+        # Where a session has ended its cgroup is gone; one of its parents is not.
+        while not _moved(pid, f"{hierarchy.mount.rstrip('/')}{path}") and path:
+            path = os.path.dirname(path).rstrip("/")
+
+
+def _moved(pid: int, path: str) -> bool:
+    try:
+        directory.write(f"{path}/cgroup.procs", str(pid))
+    except OSError:
+        return False
+    return True
 
 
 def _key(hierarchy: Hierarchy) -> str:

@@ -200,12 +200,17 @@ def _is_made(path: str, record: Record) -> bool:
 
 def _wait_empty(path: str, deadline: float) -> None:
     """Wait until no process is in the v2 cgroup ``path`` or below it; v1 has no event to wait for."""
-    with contextlib.suppress(FileNotFoundError), open(f"{path}/cgroup.events") as events:  # noqa: PTH123
-        poll = select.poll()
-        poll.register(events, select.POLLPRI)
-        while "populated 1" in events.read() and (left := deadline - time.monotonic()) > 0:
-            poll.poll(left * 1000)
-            events.seek(0)
+    try:
+        with open(f"{path}/cgroup.events") as events:  # noqa: PTH123
+            poll = select.poll()
+            poll.register(events, select.POLLPRI)
+            while "populated 1" in events.read() and (left := deadline - time.monotonic()) > 0:
+                poll.poll(left * 1000)
+                events.seek(0)
+    except OSError as error:
+        # Removed by somebody else, before it was opened or after that.
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
 
 
 def _remove_leaf(path: str, record: Record, deadline: float, timeout: float) -> None:

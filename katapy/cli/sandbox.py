@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -208,16 +209,34 @@ def _terminal(process: Process, *, wanted: bool) -> Iterator[None]:
 
 def _copy_input(fd: int, process: Process) -> None:
     with suppress(OSError, KatapyError):
-        while data := os.read(fd, _CHUNK):
+        while data := _read(fd):
             process.write(data)
     process.close_stdin()
+
+
+def _read(fd: int) -> bytes:
+    while True:
+        try:
+            return os.read(fd, _CHUNK)
+        except BlockingIOError:
+            # Whoever shares the descriptor made it non-blocking; it is not ours to change that.
+            _await(fd, select.POLLIN)
+
+
+def _await(fd: int, event: int) -> None:
+    poll = select.poll()
+    poll.register(fd, event)
+    poll.poll()
 
 
 def _write(fd: int, data: bytes) -> None:
     view = memoryview(data)
     try:
         while view:
-            view = view[os.write(fd, view) :]
+            try:
+                view = view[os.write(fd, view) :]
+            except BlockingIOError:
+                _await(fd, select.POLLOUT)
     except BrokenPipeError:
         # As a command in a pipe ends whose reader has left.
         sys.exit(128 + signal.SIGPIPE)

@@ -17,7 +17,7 @@ from typing import BinaryIO, Final, Self
 
 from katapy.client import launch
 from katapy.errors import Internal, InvalidArgument, KatapyError, NotFound, Unavailable
-from katapy.state import ProcessRef, State, StateDir
+from katapy.state import CALLER, ProcessRef, State, StateDir
 
 # A shim that was told to end has at most this many seconds; its guest flushes its files within ten.
 END_SECONDS: Final = 30.0
@@ -47,12 +47,12 @@ def finish(root: Path, container_id: str, *, own_network: bool = True, patience:
                 return  # it has removed or will remove this one
             # A creator was not told to end, and cannot have what is deleted.
             told = owner is not None and owner.name == "shim"
-            if owner is not None and owner.pid != os.getpid() and not gone(owner, patience if told else 0.0):
+            if owner is not None and _to_be_ended(owner) and not gone(owner, patience if told else 0.0):
                 kill(owner, patience)
             with directory.lock():
                 # As of now: a shim takes the container over under this lock, and may have started more before it died.
                 state = directory.load()
-                if state.shim is not None and state.shim.pid != os.getpid() and state.shim.alive():
+                if state.shim is not None and _to_be_ended(state.shim) and state.shim.alive():
                     continue
                 for process in state.helpers:
                     kill(process, patience)
@@ -62,6 +62,11 @@ def finish(root: Path, container_id: str, *, own_network: bool = True, patience:
                 directory.remove()
         return
     raise Unavailable(f"cannot remove {container_id}: process {owner.pid if owner else 0} cannot be killed")
+
+
+def _to_be_ended(owner: ProcessRef) -> bool:
+    """Tell whether a container's owner ends with it: a program that uses the SDK does not, it only learns of it."""
+    return owner.pid != os.getpid() and owner.name != CALLER
 
 
 def _serves_others(owner: ProcessRef, directory: Path, patience: float) -> bool:
@@ -105,7 +110,7 @@ def gone(process: ProcessRef, seconds: float) -> bool:
     if fd is None:
         return True
     try:
-        return bool(select.select([fd], [], [], seconds)[0])
+        return _ended(fd, seconds)
     finally:
         os.close(fd)
 
@@ -118,9 +123,16 @@ def kill(process: ProcessRef, seconds: float = END_SECONDS) -> None:
     try:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(fd, signal.SIGKILL)
-        select.select([fd], [], [], seconds)
+        _ended(fd, seconds)
     finally:
         os.close(fd)
+
+
+def _ended(pidfd: int, seconds: float) -> bool:
+    # Not select(2): whoever uses the SDK may have more descriptors than that takes.
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 class ShimLog:

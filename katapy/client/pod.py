@@ -18,7 +18,7 @@ from katapy.client import attach, launch
 from katapy.client.leftovers import END_SECONDS, ShimLog, finish, gone, kill, last_words
 from katapy.client.task import Stdio, TaskClient
 from katapy.errors import InvalidArgument, InvalidState, KatapyError, NotFound, Unavailable, from_wire
-from katapy.state import PROCESS_FILE, ProcessRef, State, StateDir
+from katapy.state import CALLER, CREATOR, PROCESS_FILE, ProcessRef, State, StateDir
 from katapy.transport.ttrpc import TtrpcClient
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class Launch(NamedTuple):
     """What a new shim must know.
 
     ``root`` of the state directories, an absolute configuration file, whether to log more, whether the pod ends with
-    this process (``foreground``), and whether systemd makes cgroups.
+    this process (``foreground``), whether systemd makes cgroups, and whether this process is a program that has the SDK
+    (``embedded``), which the end of a container is not to end.
     """
 
     root: Path
@@ -42,6 +43,7 @@ class Launch(NamedTuple):
     debug: bool
     foreground: bool
     systemd_cgroup: bool
+    embedded: bool = False
 
 
 class Pod:
@@ -62,7 +64,7 @@ class Pod:
         if bundle.spec.sandbox:
             cls.connect(options.root, bundle.spec.sandbox).close()
         # Until the shim takes over: should we be killed before, the state shows that nobody is behind it.
-        state = bundle.new_state(container_id, ProcessRef.of("creator", os.getpid()))
+        state = bundle.new_state(container_id, ProcessRef.of(CALLER if options.embedded else CREATOR, os.getpid()))
         StateDir.create(str(options.root), state).close()
         if bundle.spec.sandbox:
             try:
@@ -256,10 +258,12 @@ class Pod:
 
         With ``force`` a pod's sandbox takes the pod's other containers with it. Each call has ``timeout`` seconds,
         fewer than others have, because the caller kills a shim whose guest does not let it answer.
+        Raises InvalidState for one that runs, without ``force``, and for one of a pod's that is being created.
         """
         task = TaskClient(self._client, timeout=timeout)
         if force:
-            with suppress(NotFound, Unavailable):
+            # One whose VM is about to end is not in a state to be killed, nor is one that is being created.
+            with suppress(NotFound, Unavailable, InvalidState):
                 task.kill(self._id, signal.SIGKILL, everyone=True)
                 task.wait(self._id, timeout=timeout)
         whole = False
@@ -268,7 +272,7 @@ class Pod:
         except NotFound:
             pass
         except InvalidState:
-            if not force:
+            if not force or self.state().sandbox != self._id:
                 raise
             whole = True
         task.shutdown(self._id, now=whole)

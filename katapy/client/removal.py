@@ -47,8 +47,12 @@ def delete(root: Path, container_id: str, *, force: bool) -> list[str]:
             except KatapyError as error:
                 if not force:
                     raise
+                if state.sandbox != container_id:
+                    # It serves the pod's others. What somebody else has removed meanwhile is removed.
+                    if not isinstance(error, NotFound | Unavailable):
+                        raise
                 # One that has hung up may be in the middle of its own end, and would leave half of it undone.
-                if not (isinstance(error, Unavailable) and gone(state.shim, _LEAVING_SECONDS)):
+                elif not (isinstance(error, Unavailable) and gone(state.shim, _LEAVING_SECONDS)):
                     kill(state.shim)
         finish(root, container_id)
         return log.warnings()

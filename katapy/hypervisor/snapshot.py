@@ -86,7 +86,9 @@ def save_ram(fd: int, path: Path) -> tuple[Run, ...]:
     try:
         with path.open("xb", buffering=0) as file:
             for offset, length in _runs(fd):
-                file.write(os.pread(fd, length, offset))
+                data = memoryview(os.pread(fd, length, offset))
+                while data:  # a disk that is nearly full takes a part
+                    data = data[file.write(data) :]
                 runs.append((offset, length))
     except OSError as error:
         raise Unavailable(f"cannot write a template to {path}: {error.strerror}") from error

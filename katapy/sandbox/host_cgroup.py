@@ -6,7 +6,6 @@ over still has no more than the VM's memory, the container's CPU time and its ra
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
@@ -168,7 +167,9 @@ class HostCgroup:
 
         Raises Timeout where others stay in one that katapy has not made, or are stuck in the kernel.
         """
+        # By now a pid may be that of a process which has never been in it.
+        within = directory.processes(self._cgroup.record)
         for pid in self._guests:
-            if pid == os.getpid() or os.path.exists(f"/proc/{pid}"):
+            if pid in within:
                 self._cgroup.leave(pid)
         directory.reap(self._cgroup.record, patience=_PATIENCE)

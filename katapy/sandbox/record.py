@@ -47,7 +47,9 @@ class Record:
     def created(self, process: bytes, accelerator: str) -> None:
         """The container exists and waits for its start; ``process`` is what `exec` starts from."""
         self._directory.write(PROCESS_FILE, process)
-        self._update(status=Status.CREATED, accelerator=accelerator)
+        # Its VM may have died meanwhile.
+        stopped = self._state.status is Status.STOPPED
+        self._update(status=Status.STOPPED if stopped else Status.CREATED, accelerator=accelerator)
 
     def cgroup(self, record: CgroupRecord) -> None:
         """Note the cgroup on the host, for whoever must clean up when the shim cannot."""

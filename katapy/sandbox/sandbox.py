@@ -360,6 +360,9 @@ class Sandbox:
             others = ", ".join(sorted(self._containers.keys() - {container_id}))
             raise InvalidState(f"cannot delete {container_id}: its VM is shared by {others[:256]}")
         async with container.lock:
+            # Another call may have removed it, and a third have made one of the same name.
+            if self._containers.get(container_id) is not container:
+                raise NotFound(f"container {container_id} does not exist")
             process.require([Status.STOPPED, Status.CREATED], "delete")
             # What never ran has written nothing.
             if process.status is Status.STOPPED:
@@ -395,8 +398,9 @@ class Sandbox:
             with suppress(KatapyError), phase("remove all from the guest"):
                 await machine.guarded(machine.agent.destroy_sandbox(deadline=_DESTROY_DEADLINE))
         await self._signals.close()
-        for container in list(self._containers.values()):
-            await self._forget(container)
+        for container_id, container in list(self._containers.items()):
+            if self._containers.get(container_id) is container:
+                await self._forget(container)
         await asyncio.gather(*self._removals.values(), return_exceptions=True)
         await _ended(*self._watches)
         if self._failure_watch is not None:
@@ -469,8 +473,8 @@ class Sandbox:
         return vm_size(self._config, container.bundle.spec, host_cpus=os.cpu_count() or 1)
 
     async def _watch(self, process: GuestProcess) -> None:
-        machine = self._alive()
         try:
+            machine = self._alive()
             end = await machine.guarded(machine.agent.wait(process.container_id, process.exec_id))
         except KatapyError as error:
             process.lose(error)

@@ -255,7 +255,12 @@ class AsyncProcess:
         self._process.kill()
 
     async def read(self, timeout: float | None = None) -> Chunk | None:
-        """Return the next piece of output, None at the end. Raises Timeout after ``timeout`` seconds."""
+        """Return the next piece of output, None at the end. Raises Timeout after ``timeout`` seconds.
+
+        With 0 it returns what is there already.
+        """
+        if timeout == 0 and self._next is None and not self._reading.locked():
+            return self._process.read(0)
         try:
             async with asyncio.timeout(timeout), self._reading:
                 return await self._read()
@@ -280,10 +285,10 @@ class AsyncProcess:
     async def _read(self) -> Chunk | None:
         if self._next is None:
             # What is there already needs no thread; others have their turn all the same.
+            # Before it is taken: who is cancelled has taken nothing.
+            await asyncio.sleep(0)
             with suppress(Timeout):
-                chunk = self._process.read(0)
-                await asyncio.sleep(0)
-                return chunk
+                return self._process.read(0)
             self._next = _in_thread(self._process.read)
         chunk = await asyncio.shield(self._next)
         self._next = None

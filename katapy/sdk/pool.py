@@ -87,6 +87,7 @@ class Pool:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         self._listening = unix.listen(path, socket.SOCK_SEQPACKET)
+        self._inode = path.lstat().st_ino
         self._threads = [
             threading.Thread(target=work, name=name)
             for name, work in (("fill the pool", self._fill), ("accept", self._accept))
@@ -120,7 +121,10 @@ class Pool:
         for thread in (*self._threads, *clients.values()):
             thread.join()
         self._listening.close()
-        self._path.unlink(missing_ok=True)
+        # Another pool may have taken the place.
+        with suppress(FileNotFoundError):
+            if self._path.lstat().st_ino == self._inode:
+                self._path.unlink()
         while self._ready:
             self._ready.popleft().close()
 
@@ -133,7 +137,7 @@ class Pool:
             sandbox = self._make()
             try:
                 sandbox.open()
-            except KatapyError as error:
+            except (KatapyError, OSError) as error:
                 log.warning("%s; trying again", error)
                 sandbox.close()
                 with self._changed:
@@ -147,8 +151,14 @@ class Pool:
         while True:
             try:
                 connection, _ = self._listening.accept()
-            except OSError:
-                return
+            except OSError as error:
+                with self._changed:
+                    if self._closing:
+                        return
+                    # Too many descriptors, for one: that may pass, and nobody else would accept.
+                    log.warning("cannot accept a client: %s; trying again", error)
+                    self._changed.wait_for(lambda: self._closing, _RETRY_SECONDS)
+                continue
             thread = threading.Thread(target=self._serve, args=(connection,), name="serve")
             with self._changed:
                 if self._closing:

@@ -380,7 +380,7 @@ class Sandbox:
                 process=root.process,
                 mounts=root.mounts,
             )
-            launch = Launch(self._state_dir, self._config, False, True, False)
+            launch = Launch(self._state_dir, self._config, False, True, False, embedded=True)
             with machine.starting("the sandbox"):
                 vm = self._from_pool(launch)
                 if vm is None:

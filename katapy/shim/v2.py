@@ -23,7 +23,7 @@ from katapy import preload
 from katapy.errors import AlreadyExists, InvalidArgument, KatapyError, NotFound, Unavailable
 from katapy.oci.pod import sandbox_of
 from katapy.shim.engine import Engine, socket_link, state_root
-from katapy.state import ProcessRef, State, StateDir, Status, check_id, list_states, now
+from katapy.state import CREATOR, ProcessRef, State, StateDir, Status, check_id, list_states, now
 
 _TEXTS: Final = ("namespace", "address", "publish-binary", "id", "bundle", "socket")
 _SWITCHES: Final = ("debug", "v", "info")
@@ -111,7 +111,7 @@ def start(call: Call) -> str:
         owner=os.getuid(),
         annotations=annotations,
         # Until the shim takes over, at Create: nobody is behind it when this process has ended.
-        shim=ProcessRef.of("creator", os.getpid()),
+        shim=ProcessRef.of(CREATOR, os.getpid()),
     )
     address = f"unix://{link}"
     if sandbox_id != call.id:

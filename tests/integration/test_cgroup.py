@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from katapy.errors import (
     Unavailable,
     Unsupported,
 )
+from katapy.sandbox.host_cgroup import HostCgroup
 
 pytestmark = pytest.mark.root
 MIB = 1 << 20
@@ -236,6 +238,55 @@ def test_removal_waits_for_what_is_ending(layout: Layout, top: str, sleeper: sub
     timer.start()
     remove(cgroup.record, timeout=60)
     timer.join()
+
+
+def test_leaving_for_a_cgroup_that_is_gone(layout: Layout, top: str, sleeper: subprocess.Popen[bytes]) -> None:
+    """A session that has ended: the shim stayed in the pod's cgroup, which could not be removed, and never was."""
+    session = make(layout, f"{top}-session", pid=sleeper.pid)
+    cgroup = make(find_layout(sleeper.pid), top)
+    cgroup.add(sleeper.pid)
+    remove(session.record)
+    cgroup.leave(sleeper.pid)
+    remove(cgroup.record)
+    assert sleeper.poll() is None
+
+
+def test_a_pid_that_is_another_process_s_by_now(layout: Layout, top: str, sleeper: subprocess.Popen[bytes]) -> None:
+    """It is where it was: a stranger was taken out of its own cgroup at the removal of a pod's."""
+    cgroup, pods = make(layout, f"{top}/other", pid=sleeper.pid), make(layout, f"{top}/pod")
+    own = HostCgroup(pods)
+    own._guests.append(sleeper.pid)
+    own.remove()
+    assert processes(cgroup.record) == [sleeper.pid]
+    end(cgroup, sleeper)
+
+
+def test_a_cgroup_that_others_remove_while_it_is_waited_for(
+    layout: Layout, top: str, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As systemd removes a scope that is empty: a file that was open before cannot be read then."""
+    cgroup = make(layout, top, pid=sleeper.pid)
+    places = [Path(path) for path in cgroup.record.paths.values()]
+    waited: list[None] = []
+
+    class Poll:
+        def register(self, *_: object) -> None:
+            pass
+
+        def poll(self, _timeout: float) -> None:
+            waited.append(None)
+            sleeper.kill()
+            sleeper.wait()
+            for path in places:
+                path.rmdir()
+
+    if not any((path / "cgroup.events").exists() for path in places):
+        end(cgroup, sleeper)
+        pytest.skip("this machine has no cgroup v2, where there is something to wait for")
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "poll", Poll)
+        remove(cgroup.record)
+    assert len(waited) == 1
 
 
 def test_kill_ends_all_but_the_caller(layout: Layout, top: str, sleeper: subprocess.Popen[bytes]) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from katapy.client import pod, removal
 from katapy.client.launch import SHIM_SOCKET
-from katapy.client.leftovers import finish
-from katapy.state import ProcessRef, State, StateDir, Status, now
+from katapy.client.leftovers import finish, gone
+from katapy.errors import InvalidState, KatapyError, NotFound, Timeout
+from katapy.state import CALLER, ProcessRef, State, StateDir, Status, now
 
 _DEADLINE = 60.0
 
@@ -26,23 +31,26 @@ def shim() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
+def state(name: str, sandbox: str, owner: ProcessRef) -> State:
+    return State(
+        id=name,
+        bundle="/b",
+        rootfs="/b/rootfs",
+        sandbox=sandbox,
+        status=Status.STOPPED,
+        created=now(),
+        oci_version="1.2.0",
+        owner=os.getuid(),
+        shim=owner,
+    )
+
+
 @pytest.fixture
 def root(tmp_path: Path, shim: subprocess.Popen[bytes]) -> Path:
     """A state directory with the container c1 of the pod p1."""
     root = tmp_path / "run"
     (root / "p1").mkdir(parents=True, mode=0o700)
-    owner = ProcessRef.of("shim", shim.pid)
-    state = State(
-        id="c1",
-        bundle="/b",
-        rootfs="/b/rootfs",
-        sandbox="p1",
-        status=Status.STOPPED,
-        created=now(),
-        oci_version="1.2.0",
-        owner=os.getuid(),
-    )
-    StateDir.create(str(root), state._replace(shim=owner)).close()
+    StateDir.create(str(root), state("c1", "p1", ProcessRef.of("shim", shim.pid))).close()
     return root
 
 
@@ -74,3 +82,85 @@ def test_a_shim_of_others_is_never_killed(root: Path, shim: subprocess.Popen[byt
     finish(root, "c1", patience=0.01)
     assert (root / "c1").exists()
     assert shim.poll() is None
+
+
+@pytest.mark.parametrize("error", [NotFound("gone"), Timeout("late"), InvalidState("it is creating")])
+def test_what_goes_wrong_with_one_container_does_not_end_the_others(
+    root: Path, shim: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, error: KatapyError
+) -> None:
+    """`delete --force` killed the shim of the whole pod, where somebody else had removed the container, for one."""
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pod.Pod, "connect", refuse)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(root / "p1" / SHIM_SOCKET))
+        listener.listen()
+        with suppress(Timeout, InvalidState):
+            removal.delete(root, "c1", force=True)
+    assert shim.poll() is None
+
+
+def test_a_container_that_is_being_created_does_not_end_the_others(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shim of the pod was told to end, which is for the removal of its sandbox."""
+    asked = []
+
+    class Busy:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def kill(self, *_: object, **__: object) -> None:
+            raise NotFound("it is not there yet")
+
+        def delete(self, *_: object) -> None:
+            raise InvalidState("it is creating")
+
+        def shutdown(self, *args: object, **options: object) -> None:
+            asked.append((args, options))
+
+    monkeypatch.setattr(pod, "TaskClient", Busy)
+    with pytest.raises(InvalidState):
+        pod.Pod(root, "c1", cast(Any, None)).remove(force=True)
+    assert asked == []
+
+
+def test_a_program_that_uses_the_sdk_does_not_end_with_a_sandbox(root: Path, shim: subprocess.Popen[bytes]) -> None:
+    """Until its shim has taken over, the program is the one behind a sandbox: `delete --force` killed it."""
+    StateDir.create(str(root), state("s1", "s1", ProcessRef.of(CALLER, shim.pid))).close()
+    removal.delete(root, "s1", force=True)
+    assert not (root / "s1").exists()
+    assert shim.poll() is None
+
+
+def test_a_pid_that_is_a_thread_s_by_now(root: Path) -> None:
+    """The process has ended: it was an internal error, of every start of a pod besides."""
+    going, over = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        going.set()
+        over.wait()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    going.wait()
+    assert thread.native_id is not None
+    old = ProcessRef("shim", thread.native_id, 1)
+    assert old.open() is None
+    assert gone(old, 0.0)
+    over.set()
+    thread.join()
+
+
+def test_as_many_descriptors_as_a_server_has() -> None:
+    """A sandbox of a program with more than 1024 of them could not be closed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard >= 1200
+    with ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        made = 0
+        while made < 1100:
+            made = os.dup(0)
+            stack.callback(os.close, made)
+        assert not gone(ProcessRef.of("shim", os.getpid()), 0.0)

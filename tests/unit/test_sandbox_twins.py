@@ -7,6 +7,8 @@ import inspect
 import subprocess
 import sys
 import threading
+from contextlib import suppress
+from typing import cast
 
 import pytest
 
@@ -160,3 +162,22 @@ _VERDICT = Verdict(
 
 def _raise_not_found() -> None:
     raise errors.NotFound("gone")
+
+
+async def test_output_that_is_there_is_not_lost_with_who_waits_for_it() -> None:
+    """It was taken, and then others had their turn: whoever was cancelled there, or would not wait, lost a piece."""
+    chunks = [Chunk("stdout", bytes([65 + number])) for number in range(3)]
+
+    class Talking:
+        def read(self, _timeout: float | None = None) -> Chunk | None:
+            return chunks.pop(0)
+
+    process = AsyncProcess(cast(Process, Talking()))
+    first = await process.read(timeout=0)
+    reading = asyncio.create_task(process.read())
+    await asyncio.sleep(0)
+    reading.cancel()
+    with suppress(asyncio.CancelledError):
+        assert await reading is None
+    second = await process.read()
+    assert [chunk and chunk.data for chunk in (first, second)] == [b"A", b"B"]

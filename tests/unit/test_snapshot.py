@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -75,6 +77,21 @@ def test_a_file_that_is_too_short_is_refused(ram: int, tmp_path: Path) -> None:
     os.truncate(path, PAGE)
     with pytest.raises(Unavailable, match=r"cannot read the template's memory .*: the file is too short"):
         load_ram(ram, Snapshot(path, runs, path))
+
+
+def test_a_disk_that_takes_a_part(ram: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is short of a write is written by the next: the template passed every check, and was wrong."""
+    data = os.urandom(PAGE * 3)
+    os.pwrite(ram, data, 0)
+
+    class Nearly(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[: len(data) // 2 + 1])
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", lambda path, mode, buffering: Nearly(path, mode))
+        save_ram(ram, tmp_path / "ram")
+    assert (tmp_path / "ram").read_bytes() == data
 
 
 def test_a_missing_file_is_named(ram: int, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,28 @@ def test_a_missing_file_is_found(tmp_path: Path, name: str) -> None:
     (tmp_path / KEY / name).unlink()
     with pytest.raises(Unavailable, match="damaged"):
         templates.find(tmp_path, KEY)
+
+
+def test_what_another_start_notes_meanwhile_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is renamed once it is written: a template was taken for damaged, and made again, as it was no longer there."""
+    install(tmp_path)
+    listed = Path.iterdir
+
+    def list_early(path: Path) -> Iterator[Path]:
+        yield from listed(path)
+        yield path / "checked.4711"
+
+    monkeypatch.setattr(Path, "iterdir", list_early)
+    assert templates.find(tmp_path, KEY) is not None
+    found, errors = templates.list_templates(tmp_path)
+    assert ([template.key for template in found], errors) == ([KEY], [])
+
+
+def test_one_that_lacks_a_file_is_listed_as_damaged(tmp_path: Path) -> None:
+    install(tmp_path)
+    (tmp_path / KEY / templates.RAM).unlink()
+    found, errors = templates.list_templates(tmp_path)
+    assert (found, [str(error) for error in errors]) == ([], ["template abababababab is damaged: files are missing"])
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": 2}', '{"schema": 1, "shape": 3, "created": 0}'])
