@@ -44,6 +44,9 @@ WRAPPER = """#!/bin/sh
 """
 RUNC = Path("/usr/sbin/runc")
 
+# After its container, in its cgroup.
+CONMON_SECONDS = 30.0
+
 
 class Done(NamedTuple):
     """What a command returned and printed."""

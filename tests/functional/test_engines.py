@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import Done, Engine
+from engine import CONMON_SECONDS, Done, Engine
 from facts import FACTS, TYPED, difference, on_terminal
 from harness import BOOT_ID, await_ends, descendants, make_busybox
 
 from katapy.assets.guest import find_kernel
 from katapy.config import Config
 
-CONMON_SECONDS = 10.0
 SOURCE = Path(__file__).resolve().parents[2]
 
 

@@ -18,8 +18,8 @@ import grpc
 import pytest
 from containerd_daemon import CONTAINERD, IMAGE, SHIM
 from cri import SLEEP, Cri, load_messages, start_plugin
-from engine import Engine
-from harness import BOOT_ID, KATAPY, make_busybox
+from engine import CONMON_SECONDS, Engine
+from harness import BOOT_ID, KATAPY, await_ends, descendants, make_busybox
 
 # No runtime is in it: katapy is to come, and runc, which is there by default, is not to go.
 CONTAINERD_CONFIG = """
@@ -165,9 +165,12 @@ def test_podman(host: None) -> None:
         place = 'mount --bind "$1" /etc/containers && shift && exec env --unset CONTAINERS_CONF podman "$@"'
         podman = ("unshare", "--mount", "sh", "-euc", place, "sh", etc)
         argv = engine.create("run", "--rm", "--rootfs", engine.rootfs, "cat", BOOT_ID)[1:]
+        known = descendants()
         try:
             ran = engine(*podman, *argv).out.strip()
         finally:
+            # conmon is in it for a while longer.
+            await_ends(known, CONMON_SECONDS)
             engine.remove_cgroup()
         assert len(ran) == 36
         assert ran != BOOT_ID.read_text().strip()
