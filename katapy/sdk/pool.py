@@ -120,11 +120,11 @@ class Pool:
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in (*self._threads, *clients.values()):
             thread.join()
-        self._listening.close()
-        # Another pool may have taken the place.
+        # Another pool may have taken the place. While ours is open its inode's number is no other's.
         with suppress(FileNotFoundError):
             if self._path.lstat().st_ino == self._inode:
                 self._path.unlink()
+        self._listening.close()
         while self._ready:
             self._ready.popleft().close()
 
