@@ -482,11 +482,15 @@ def test_a_limit_holds_and_is_one(several: Several, interface: str, limit: int) 
     size = limit // 8  # a second
     gateway = {"net2": "10.92.0.1", "eth0": "10.90.0.1"}[interface]
     for order in ("put", "get"):
-        intact, took = several.station(order, gateway, size)
-        rate = size * 8 / took
-        print(f"{order} over {interface}: {rate / 1e6:.1f} Mbit/s of {limit / 1e6:.0f}")
-        assert intact
-        assert rate < limit * 1.3
+        # No transfer is faster, and not all are much slower: one may fall into a stall of the machine.
+        rates: list[float] = []
+        while len(rates) < 5 and max(rates, default=0.0) <= limit / 4:
+            intact, took = several.station(order, gateway, size)
+            rates.append(size * 8 / took)
+            print(f"{order} over {interface}: {rates[-1] / 1e6:.1f} Mbit/s of {limit / 1e6:.0f}")
+            assert intact
+            assert rates[-1] < limit * 1.3
+        assert max(rates) > limit / 4
     shaped = [each["dev"] for each in json.loads(several.namespace("tc", "-json", "qdisc")) if each["kind"] == "tbf"]
     assert (interface in shaped) is (interface != "net2")
     # A tap for each interface that is limited here.

@@ -109,7 +109,7 @@ def test_a_stream_that_is_left(victim: Sandbox) -> None:
 
 
 def test_many_runs_leave_nothing_in_the_guest(victim: Sandbox) -> None:
-    """Each kept the buffers of its streams in the agent, and its container's watch: half a MiB, until the VM's end."""
+    """Each kept the buffers of its streams in the agent, and its container's watch: 0.8 MiB, until the VM's end."""
 
     def available() -> int:
         lines = victim.run(["cat", "/proc/meminfo"]).check().stdout.splitlines()
