@@ -215,28 +215,20 @@ def _copy_input(fd: int, process: Process) -> None:
 
 
 def _read(fd: int) -> bytes:
+    from katapy.client import attach
+
     while True:
         try:
             return os.read(fd, _CHUNK)
         except BlockingIOError:
-            # Whoever shares the descriptor made it non-blocking; it is not ours to change that.
-            _await(fd, select.POLLIN)
-
-
-def _await(fd: int, event: int) -> None:
-    poll = select.poll()
-    poll.register(fd, event)
-    poll.poll()
+            attach.wait_for(fd, select.POLLIN)
 
 
 def _write(fd: int, data: bytes) -> None:
-    view = memoryview(data)
+    from katapy.client import attach
+
     try:
-        while view:
-            try:
-                view = view[os.write(fd, view) :]
-            except BlockingIOError:
-                _await(fd, select.POLLOUT)
+        attach.write_all(fd, memoryview(data))
     except BrokenPipeError:
         # As a command in a pipe ends whose reader has left.
         sys.exit(128 + signal.SIGPIPE)

@@ -346,7 +346,7 @@ class _Output:
     def _write(self, data: memoryview) -> bool:
         self.writing = True
         try:
-            _write_all(self._fd, data)
+            write_all(self._fd, data)
         except OSError as error:
             # The process gets EPIPE too, from the stream that is closed then. That its reader has left it knows.
             if error.errno not in (errno.EPIPE, errno.EIO):
@@ -357,13 +357,14 @@ class _Output:
         return True
 
 
-def _write_all(fd: int, data: memoryview) -> None:
+def write_all(fd: int, data: memoryview) -> None:
+    """Write all of ``data``, waiting where the descriptor does not block. Raises OSError."""
     while data:
         try:
             data = data[os.write(fd, data) :]
         except BlockingIOError:
             # Whoever shares the descriptor made it non-blocking; it is not ours to change that.
-            _wait(fd, select.POLLOUT)
+            wait_for(fd, select.POLLOUT)
 
 
 def _copy_input(fd: int, stream: _socket.socket, gate: int) -> None:
@@ -376,7 +377,7 @@ def _copy_input(fd: int, stream: _socket.socket, gate: int) -> None:
             pass
         stream.shutdown(_socket.SHUT_WR)
         # Kept open until the other side hangs up: closing at once could cost what it has not yet read.
-        _wait(stream, 0)
+        wait_for(stream, 0)
     stream.close()
 
 
@@ -404,7 +405,8 @@ def _next_input(fd: int, stream: _socket.socket, buffer: memoryview) -> bool:
     return count > 0
 
 
-def _wait(file: int | _socket.socket, events: int) -> None:
+def wait_for(file: int | _socket.socket, events: int) -> None:
+    """Wait for one of ``events`` (poll(2)) at a file, or for its end."""
     poll = select.poll()
     poll.register(file, events)
     poll.poll()
