@@ -425,20 +425,22 @@ class Process:
         for name in list(self._attachment.streams):
             if name == "stdin":
                 self._close_stream(selector, name)
-        ready: list[tuple[selectors.SelectorKey, int]] = []
+        empty = False
         while self._attachment.streams:
             with self._condition:
                 self._input.clear()
                 self._input_ends = False
-                if self._held and self._waiting >= _WINDOW and self._cause is None:
-                    # It is the reader who takes time.
-                    deadline = time.monotonic() + _DRAIN_SECONDS
+                full = self._held and self._waiting >= _WINDOW and self._cause is None
+            if full:
+                # It is the reader who takes time.
+                deadline = time.monotonic() + _DRAIN_SECONDS
             left = deadline - time.monotonic()
             # What is there is taken, on a machine that is slower than that, too; it is what is not that is given up.
-            if left <= 0 and (not ready or self.truncated or self._cause is KilledBy.WALL):
+            if left <= 0 and not full and (empty or self.truncated or self._cause is KilledBy.WALL):
                 return
             self._choose(selector)
             ready = selector.select(min(max(left, 0.0), 1.0))
+            empty = not ready and not full
             for key, events in ready:
                 if key.fileobj is not self._attachment.control:
                     self._serve(selector, key, events)
