@@ -339,6 +339,17 @@ async def test_a_method_that_must_finish_outlives_its_caller(path: Path) -> None
         await asyncio.wait_for(server.service.deleted.wait(), 5)
 
 
+async def test_a_method_that_must_finish_outlives_its_time(path: Path) -> None:
+    async with Server(path) as server:
+        with Raw(path) as peer:
+            await peer.send_request(1, Request(service=SERVICE, method="Delete", timeout_nano=1))
+            await peer.send_request(3, Request(service=SERVICE, method="Wait", timeout_nano=10**7))
+            assert await peer.code(3) == 4
+            server.service.release.set()
+            assert await peer.code(1) == 0
+            assert server.service.deleted.is_set()
+
+
 async def test_the_end_of_the_server_is_answered(path: Path) -> None:
     async with Server(path) as server:
         peer = Raw(path)
