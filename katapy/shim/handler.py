@@ -43,7 +43,7 @@ class AttachHandler:
         return end.status, end.signal
 
     async def detached(self, container_id: str, exec_id: str) -> None:
-        """Note that the streams of a process are done with; an exec that has ended is forgotten by that.
+        """Note that the streams of a process are done with; an exec is forgotten by that when it has ended.
 
         But not one of an engine's, which deletes it itself.
 
@@ -55,5 +55,6 @@ class AttachHandler:
             if process.status is not Status.STOPPED:
                 with suppress(KatapyError):
                     await self._sandbox.kill(container_id, exec_id, signal.SIGKILL, everyone=not exec_id)
-            elif exec_id and process.stdio.attached:
+            if exec_id and process.stdio.attached:
+                await process.exited.wait()
                 await self._sandbox.delete(container_id, exec_id)
