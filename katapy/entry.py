@@ -8,6 +8,7 @@ that is closed, the command line begins anew, as if nothing had been tried.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -52,6 +53,8 @@ def main() -> None:
 
 
 def _run(*, preloading: bool) -> None:
+    # Whoever started us may ignore it, as PID 1 of a container may: no status of a child would be known then.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     from katapy import lean
 
     lean.skip_python_messages()

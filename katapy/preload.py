@@ -40,14 +40,14 @@ class Waiting(NamedTuple):
                 socket.send_fds(self.control, [json.dumps(arguments).encode()], list(fds))
             except OSError as error:
                 os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
+                reap(self.pid)
                 raise Unavailable(f"cannot start the shim: it died while it was loaded: {error.strerror}") from error
 
     def drop(self) -> None:
         """End it, and wait for that."""
         self.control.close()
         os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        reap(self.pid)
 
 
 _begun: list[Waiting] = []
@@ -69,6 +69,15 @@ def drop() -> None:
         _begun.pop().drop()
 
 
+def reap(pid: int) -> int | None:
+    """Wait for the end of a shim, our child. Returns its status, None where this program lets nobody know of any."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except ChildProcessError:
+        # SIGCHLD is ignored, by a program that uses the SDK.
+        return None
+
+
 def _start(stderr: int = 2) -> Waiting:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # What it was started for follows as arguments, for whoever looks at a list of processes.
@@ -82,7 +91,16 @@ def _start(stderr: int = 2) -> Waiting:
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
                 (os.POSIX_SPAWN_DUP2, 0, 1),
             ]
-            pid = os.posix_spawn(sys.executable, argv, ENVIRONMENT, file_actions=actions, setsid=True)
+            # Nor does it inherit what a caller ignores: with SIGCHLD ignored, every hook would succeed.
+            pid = os.posix_spawn(
+                sys.executable,
+                argv,
+                ENVIRONMENT,
+                file_actions=actions,
+                setsid=True,
+                setsigmask=(),
+                setsigdef=(signal.SIGCHLD,),
+            )
         except OSError as error:
             ours.close()
             raise Unavailable(f"cannot start the shim: {error.strerror}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-from katapy import jsonfile
+from katapy import jsonfile, preload
 from katapy.client import attach, launch
 from katapy.client.leftovers import END_SECONDS, ShimLog, finish, gone, kill, last_words
 from katapy.client.task import Stdio, TaskClient
@@ -103,7 +103,7 @@ class Pod:
         except Unavailable as error:
             # By that the shim knows that it has to undo what it has done, and to end.
             self._client.close()
-            words = last_words(self._root, self._id) if self._shim and self._reap() else ""
+            words = last_words(self._root, self._id) if self._shim and self._reap() != 0 else ""
             raise (Unavailable(f"{error}: {words}") if words else error) from error
 
     @classmethod
@@ -290,14 +290,14 @@ class Pod:
             control.close()
             raise self._translated(error) from None
 
-    def _reap(self) -> int:
+    def _reap(self) -> int | None:
         """Wait until our own child, a shim that was told to end, has; kill it where it does not. Return its status."""
         pid, self._shim = self._shim, 0
         with suppress(NotFound):
             shim = ProcessRef.of("shim", pid)
             if not gone(shim, END_SECONDS):
                 kill(shim)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return preload.reap(pid)
 
     def _pump(self, attachment: attach.Attachment, signals: attach.Signals) -> int:
         try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -46,6 +47,8 @@ class Call(NamedTuple):
 
 def main() -> int:
     """Run the program. Returns the exit status."""
+    # As in katapy.entry: a status of a child is known only then.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         values, verb = parse_flags(sys.argv[1:])
         if "v" in values:

@@ -103,6 +103,24 @@ def test_a_failing_hook_undoes_the_create(
     assert [facts["state"]["status"] for facts in _log(tmp_path)] == ["creating", "stopped"]
 
 
+def test_a_caller_that_ignores_the_end_of_its_children(
+    katapy: Katapy, bundle: MakeBundle, tmp_path: Path, hook: Callable[..., dict[str, Any]]
+) -> None:
+    """As PID 1 of many a container does: what it ignores is inherited, and with it no status of a child is known."""
+    hooks = _hooks(createRuntime=[hook("bad", env=["STATUS=3"])])
+    for edit, args, expected in ((hooks, ["true"], 1), (None, ["sh", "-c", "exit 5"], 5)):
+        call = katapy.argv("run", "--bundle", bundle(args, edit=edit), "c1")
+        done = subprocess.run(
+            call,
+            preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=DEADLINE,
+        )
+        assert done.returncode == expected, done.stderr
+        assert (b"ended with status 3" in done.stderr) == (expected == 1)
+
+
 def test_a_hook_that_hangs_is_killed(katapy: Katapy, bundle: MakeBundle) -> None:
     hooks = _hooks(createRuntime=[{"path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1}])
     done = katapy("create", "--bundle", bundle(["true"], edit=hooks), "c1")
