@@ -38,6 +38,9 @@ _KVM_API_VERSION: Final = 12
 # The loop takes under 1 ms on hardware and over 100 ms without.
 _SLOWEST_LOOP: Final = 0.020
 _PROBE: Final = (sys.executable, "-I", "-S", str(Path(__file__).with_name("kvm_probe.py")))
+_BEGUN: Final = b"begun\n"
+# For the probe to be loaded, however busy the host, or slow its disk, is: that says nothing of KVM.
+_BEGIN_DEADLINE: Final = 60.0
 _DEADLINE: Final = 10.0
 _KILL_DEADLINE: Final = 1.0
 
@@ -137,9 +140,9 @@ def judge(seconds: float | None) -> Acceleration:
 
 
 async def measure(argv: Sequence[str], deadline: float) -> float | None:
-    """Run the probe and return the seconds that it prints, None where it has not ended after ``deadline`` seconds.
+    """Run the probe and return the seconds that it prints, None if it did not end ``deadline`` seconds after it began.
 
-    Raises Unavailable if it prints an error, which is KVM's refusal.
+    Raises Unavailable if it prints an error, which is KVM's refusal, or does not begin.
     """
     reader, writer = os.pipe()
     try:
@@ -148,6 +151,7 @@ async def measure(argv: Sequence[str], deadline: float) -> float | None:
         finally:
             os.close(writer)
         try:
+            await _await_begin(reader)
             async with asyncio.timeout(deadline):
                 await process.wait()
         except TimeoutError:
@@ -159,6 +163,16 @@ async def measure(argv: Sequence[str], deadline: float) -> float | None:
         return parse_answer(os.read(reader, 256).decode(errors="replace"))
     finally:
         os.close(reader)
+
+
+async def _await_begin(reader: int) -> None:
+    try:
+        async with asyncio.timeout(_BEGIN_DEADLINE):
+            await run.readable(reader)
+    except TimeoutError:
+        raise Unavailable(f"the probe has not begun after {_BEGIN_DEADLINE:g} s") from None
+    if os.read(reader, len(_BEGUN)) != _BEGUN:
+        raise Unavailable("the probe does not begin")
 
 
 async def _abandon(process: run.Process) -> None:

@@ -1,4 +1,4 @@
-"""A program, not a module: runs a short loop in a KVM guest and prints how many seconds it took.
+"""A program, not a module: says that it begins, runs a short loop in a KVM guest, and prints how many seconds it took.
 
 ``accel`` starts it as a process of its own, because a paravirtual KVM may spin in the kernel for ever and then only
 the end of the process ends the attempt. It needs nothing but the standard library, so that it starts in milliseconds.
@@ -17,8 +17,12 @@ import time
 from typing import Final
 
 LOOPS: Final = 100_000
-# The first run pays for faulting in the guest's pages; the fastest run is the one that tells.
+# The first run pays for faulting in the guest's pages, and on a busy host others run meanwhile: the fastest run is the
+# one that tells, and for so many seconds there are more while none was fast.
 _ATTEMPTS: Final = 3
+_FAST: Final = 0.005
+_PATIENCE: Final = 1.0
+_BEGUN: Final = b"begun\n"
 
 _API_VERSION: Final = 12
 _GET_API_VERSION: Final = 0xAE00
@@ -89,7 +93,11 @@ def measure() -> float:
     fcntl.ioctl(vcpu, _SET_CPUID2, _all_features(kvm))
     current = fcntl.ioctl(vcpu, _GET_SREGS, bytes(312))
     fcntl.ioctl(vcpu, _SET_SREGS, _system_registers(current))
-    return min(_run(vcpu, shared) for _ in range(_ATTEMPTS))
+    fastest = min(_run(vcpu, shared) for _ in range(_ATTEMPTS))
+    give_up = time.perf_counter() + _PATIENCE
+    while fastest > _FAST and time.perf_counter() < give_up:
+        fastest = min(fastest, _run(vcpu, shared))
+    return fastest
 
 
 def _run(vcpu: int, shared: mmap.mmap) -> float:
@@ -105,7 +113,8 @@ def _run(vcpu: int, shared: mmap.mmap) -> float:
 
 
 def main() -> None:
-    """Print the seconds, or ``error:`` and why there are none."""
+    """Print that it begins, then the seconds, or ``error:`` and why there are none."""
+    os.write(1, _BEGUN)
     try:
         answer = f"{measure():.6f}"
     except OSError as error:

@@ -274,13 +274,22 @@ def test_qemu_dies_with_its_owner(config: VmConfig, tmp_path: Path) -> None:
 
 
 async def test_a_probe_that_hangs_is_given_up() -> None:
-    assert await measure(["/usr/bin/sleep", "infinity"], 0.05) is None
+    assert await measure(["/bin/sh", "-c", "echo begun; exec sleep infinity"], 0.05) is None
+
+
+async def test_a_probe_that_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says nothing of KVM: the host may be that busy."""
+    monkeypatch.setattr("katapy.hypervisor.accel._BEGIN_DEADLINE", 0.05)
+    with pytest.raises(Unavailable, match=r"not begun after 0\.05 s"):
+        await measure(["/usr/bin/sleep", "infinity"], 10)
+    with pytest.raises(Unavailable, match="does not begin"):
+        await measure(["/usr/bin/true"], 10)
 
 
 async def test_a_probe_that_answers() -> None:
-    assert await measure(["/usr/bin/printf", "0.25"], 10) == pytest.approx(0.25)
+    assert await measure(["/usr/bin/printf", "begun\n0.25"], 10) == pytest.approx(0.25)
     with pytest.raises(Unavailable, match="busy"):
-        await measure(["/usr/bin/printf", "error: device busy"], 10)
+        await measure(["/usr/bin/printf", "begun\nerror: device busy"], 10)
 
 
 async def save(config: VmConfig, directory: Path) -> Snapshot:
