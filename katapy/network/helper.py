@@ -228,21 +228,22 @@ class Helper:
         self._limit(index, ingress)
         if egress:
             self._require_no_queue(link)
-            self._limit(link.index, egress)
-            requests.append(netlink.delete_qdisc(link.index, _OUR_RATE))
-        kind = self._filtered(link.index)
-        if kind is None:
-            self._netlink.add_ingress(link.index)
-            kind = "ingress"
-            requests.append(netlink.delete_qdisc(link.index, Qdisc(kind, 0xFFFF_0000, netlink.INGRESS)))
-        else:
-            requests.append(netlink.delete_filters(link.index, kind, _PRIORITY))
         # A kernel gives an interface without a queue one, once it has a queueing discipline.
-        note = 0
-        if link.queue == 0:
-            note = _NO_QUEUE
+        note = _NO_QUEUE if link.queue == 0 else 0
+        filtered = rules.incoming(_PRIORITY, index)._replace(note=note)
+        # The filter first, by which whoever cleans up after us knows all of it.
+        kind = self._filtered(link.index)
+        requests.append(netlink.delete_filters(link.index, kind or "ingress", _PRIORITY))
+        if kind is None:
+            self._netlink.add_ingress(link.index, filtered=filtered)
+            requests.append(netlink.delete_qdisc(link.index, Qdisc("ingress", 0xFFFF_0000, netlink.INGRESS)))
+        else:
+            self._netlink.add_filter(link.index, kind, filtered)
+        if note:
             requests.append(netlink.empty_queue(link.index))
-        self._netlink.add_filter(link.index, kind, rules.incoming(_PRIORITY, index)._replace(note=note))
+        if egress:
+            self._limit(link.index, egress)
+            requests.insert(0, netlink.delete_qdisc(link.index, _OUR_RATE))
         return queues, {"tap": index, "target": link.index, "generation": generation}
 
     def _rates(self, link: Link) -> tuple[int, int]:

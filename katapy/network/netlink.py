@@ -338,12 +338,18 @@ class Netlink:
         message["attrs"] = [("IFLA_IFNAME", name), ("IFLA_LINK", lower), ("IFLA_LINKINFO", info)]
         self._request(_RTM_NEWLINK, message, _NLM_F_CREATE | _NLM_F_EXCL)
 
-    def add_ingress(self, index: int, kind: str = "ingress") -> None:
-        """Make the place for filters on what comes in at an interface, with ``clsact`` on what goes out too."""
+    def add_ingress(self, index: int, kind: str = "ingress", *, filtered: Filter | None = None) -> None:
+        """Make the place for filters on what comes in at an interface, with ``clsact`` on what goes out too.
+
+        A first filter on what comes in is ``filtered``: whoever is killed leaves both or neither.
+        """
         message = tcmsg()
         message["index"], message["handle"], message["parent"] = index, 0xFFFF_0000, INGRESS
         message["attrs"] = [("TCA_KIND", kind)]
-        self._request(_RTM_NEWQDISC, message, _NLM_F_CREATE | _NLM_F_EXCL)
+        requests = [encode(_RTM_NEWQDISC, message, _NLM_F_CREATE | _NLM_F_EXCL)]
+        if filtered is not None:
+            requests.append(_add_filter(index, kind, filtered))
+        self._exchange(*requests)
 
     def add_rate(self, index: int, handle: int, *, rate: int, burst: int, limit: int) -> None:
         """Limit what goes out at an interface: ``rate`` in bytes a second, ``burst`` and what waits in bytes (tbf)."""
@@ -360,26 +366,12 @@ class Netlink:
 
     def add_filter(self, index: int, qdisc: str, each: Filter) -> None:
         """Add a filter to an interface that has ``qdisc``, or at its ``egress``, behind those of its priority."""
-        message = _Filter()
-        message["index"], message["parent"] = index, _FILTER_PARENTS[qdisc]
-        message["info"] = each.priority << 16 | socket.htons(each.protocol)
-        # Without keys it matches every frame, a key that compares no bit only one that has four bytes.
-        selector = _SELECTOR.pack(_TC_U32_TERMINAL, 0, len(each.keys), 0, 0, 0, 0, 0)
-        for key in each.keys:
-            selector += _KEY.pack(key.mask.to_bytes(4, "big"), key.value.to_bytes(4, "big"), key.offset, 0)
-        options: list[tuple[str, object]] = [("TCA_U32_CLASSID", each.note), ("TCA_U32_SEL", selector)]
-        if each.target:
-            parameters = _MIRRED.pack(0, 0, _TC_ACT_STOLEN, 0, 0, _MIRRED_EGRESS_REDIRECT, each.target)
-            mirred = {"attrs": [("TCA_MIRRED_PARMS", parameters)]}
-            action = {"attrs": [("TCA_ACT_KIND", "mirred"), ("TCA_ACT_OPTIONS", mirred)]}
-            options.append(("TCA_U32_ACT", {"attrs": [("TCA_ACT_PRIO_1", action)]}))
-        message["attrs"] = [("TCA_KIND", "u32"), ("TCA_OPTIONS", {"attrs": options})]
-        self._request(_RTM_NEWTFILTER, message, _NLM_F_CREATE | _NLM_F_EXCL)
+        self._exchange(_add_filter(index, qdisc, each))
 
     def delete(self, encoded: bytes) -> None:
         """Do what ``delete_*`` has written; that there is nothing to delete is no error."""
         try:
-            self._exchange(bytearray(encoded))
+            self._exchange(encoded)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
                 raise _failure("undo", error) from error
@@ -387,17 +379,32 @@ class Netlink:
     # -- I/O
 
     def _request(self, kind: int, message: nlmsg, flags: int = 0) -> None:
-        self._exchange(bytearray(encode(kind, message, flags)))
+        self._exchange(encode(kind, message, flags))
 
-    def _exchange(self, data: bytearray) -> None:
-        """Send one request and wait for its acknowledgement. Raises OSError."""
+    def _exchange(self, *requests: bytes) -> None:
+        """Send requests, which the kernel does in one call of ours, and wait for the acknowledgements.
+
+        Raises OSError, the first one's; the kernel tries the others all the same.
+        """
         self._sequence += 1
-        struct.pack_into("=I", data, 8, self._sequence)
+        data, missing = bytearray(), len(requests)
+        for each in requests:
+            start = len(data)
+            data += each + bytes(-len(each) % 4)
+            struct.pack_into("=I", data, start + 8, self._sequence)
         self._socket.send(data)
+        failed: OSError | None = None
         for kind, flags, body in self._answers():
             if kind == _NLMSG_ERROR:
-                _raise(flags, body)
-                return
+                try:
+                    _raise(flags, body)
+                except OSError as error:
+                    failed = failed or error
+                missing -= 1
+                if not missing:
+                    break
+        if failed is not None:
+            raise failed
 
     def _dump(self, kind: int, message: nlmsg) -> list[Any]:
         """Return all that the kernel answers. What changes meanwhile is read again, so often that it must rest once."""
@@ -437,6 +444,24 @@ def encode(kind: int, message: nlmsg, flags: int = 0, *, dump: bool = False) -> 
     message["header"]["flags"] = _NLM_F_REQUEST | flags | (_NLM_F_DUMP if dump else _NLM_F_ACK)
     message.encode()
     return bytes(message.data)
+
+
+def _add_filter(index: int, qdisc: str, each: Filter) -> bytes:
+    message = _Filter()
+    message["index"], message["parent"] = index, _FILTER_PARENTS[qdisc]
+    message["info"] = each.priority << 16 | socket.htons(each.protocol)
+    # Without keys it matches every frame, a key that compares no bit only one that has four bytes.
+    selector = _SELECTOR.pack(_TC_U32_TERMINAL, 0, len(each.keys), 0, 0, 0, 0, 0)
+    for key in each.keys:
+        selector += _KEY.pack(key.mask.to_bytes(4, "big"), key.value.to_bytes(4, "big"), key.offset, 0)
+    options: list[tuple[str, object]] = [("TCA_U32_CLASSID", each.note), ("TCA_U32_SEL", selector)]
+    if each.target:
+        parameters = _MIRRED.pack(0, 0, _TC_ACT_STOLEN, 0, 0, _MIRRED_EGRESS_REDIRECT, each.target)
+        mirred = {"attrs": [("TCA_MIRRED_PARMS", parameters)]}
+        action = {"attrs": [("TCA_ACT_KIND", "mirred"), ("TCA_ACT_OPTIONS", mirred)]}
+        options.append(("TCA_U32_ACT", {"attrs": [("TCA_ACT_PRIO_1", action)]}))
+    message["attrs"] = [("TCA_KIND", "u32"), ("TCA_OPTIONS", {"attrs": options})]
+    return encode(_RTM_NEWTFILTER, message, _NLM_F_CREATE | _NLM_F_EXCL)
 
 
 def delete_qdisc(index: int, qdisc: Qdisc) -> bytes:

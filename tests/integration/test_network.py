@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import select
 import signal
 import socket
 import subprocess
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +21,7 @@ from network_lab import WITHOUT_VHOST, Lab, in_namespace, nothing_left, run, sen
 
 from katapy.errors import AlreadyExists, InvalidArgument, Unavailable, Unsupported
 from katapy.interfaces import Address, Neighbour, Network, NextHop
-from katapy.network import pod
+from katapy.network import helper, netlink, pod
 from katapy.network.pod import Helper, PodNetwork, Settings, clean
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
@@ -354,6 +356,49 @@ async def test_a_helper_that_is_killed_at_once(lab: Lab, stopped: bool) -> None:
     network.close()
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert lab.snapshot() == before
+
+
+@pytest.mark.parametrize("queue", [0, 1000])
+def test_nothing_is_left_wherever_a_helper_is_killed(lab: Lab, monkeypatch: pytest.MonkeyPatch, queue: int) -> None:
+    """After each of its requests to the kernel; so each must leave what can be told from somebody else's."""
+    lab.veth("eth0", "p0", "10.1.0.2/24")
+    lab.ip(f"link set eth0 txqueuelen {queue}")
+    before = lab.snapshot()
+    settings = Settings(vhost=False, loopback=False, egress_rate=10**6, ingress_rate=10**6)
+    exchange = netlink.Netlink._exchange
+    left = 0
+
+    def counted(self: netlink.Netlink, *requests: bytes) -> None:
+        nonlocal left
+        exchange(self, *requests)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def in_child(clean: bool) -> int:
+        pid = os.fork()
+        if pid == 0:
+            request = {"settings": settings._asdict(), "state": {}}
+            try:
+                work = helper.Helper(request, netlink.Netlink())
+                work.clean() if clean else work.connect()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    monkeypatch.setattr(netlink.Netlink, "_exchange", counted)
+    for number in itertools.count(1):
+        left = number
+        status = in_namespace(lab.pod, lambda: in_child(clean=False))
+        left = 0
+        assert in_namespace(lab.pod, lambda: in_child(clean=True)) == 0
+        assert lab.snapshot() == before, number
+        if status != -signal.SIGKILL:
+            break
+    assert status == 0
+    assert number > 10
 
 
 @pytest.mark.parametrize("event", range(0, 12, 2))
