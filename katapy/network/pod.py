@@ -151,8 +151,8 @@ class PodNetwork:
         """
         try:
             answer, fds = await helper.ask(self._request(), self._namespace)
-        except Unavailable:
-            # It may have been killed, and then could not undo what it had done.
+        except (Unavailable, asyncio.CancelledError):
+            # It may have been killed, for one by us, and then could not undo what it had done.
             with contextlib.suppress(KatapyError):
                 await _clean(self._namespace)
             raise
