@@ -79,7 +79,10 @@ def reap(pid: int) -> int | None:
 
 
 def _start(stderr: int = 2) -> Waiting:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise Unavailable(f"cannot start the shim: {error.strerror}") from error
     # What it was started for follows as arguments, for whoever looks at a list of processes.
     argv = [sys.executable, "-I", "-c", _PROGRAM, Path(sys.argv[0]).name, *sys.argv[1:]]
     with theirs:

@@ -155,6 +155,10 @@ def starting(what: str) -> Iterator[None]:
         yield
     except (Unavailable, Timeout) as error:
         raise NotStarted(f"{what} could not start: {error}") from error
+    except OSError as error:
+        # No descriptor or no process is left, a disk is full.
+        where = f": {error.filename}" if error.filename else ""
+        raise NotStarted(f"{what} could not start: {error.strerror or error}{where}") from error
 
 
 def find_busybox() -> str:

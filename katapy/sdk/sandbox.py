@@ -364,7 +364,7 @@ class Sandbox:
 
         if os.geteuid() != 0:
             raise PermissionDenied("a sandbox is started as root: katapy mounts file systems and makes cgroups")
-        with ExitStack() as stack:
+        with ExitStack() as stack, machine.starting("the sandbox"):
             wanted = Wanted(self._rootfs, self._bundle, self._image)
             root = stack.enter_context(open_root(wanted, self._config))
             self._args = root.args
@@ -381,10 +381,9 @@ class Sandbox:
                 mounts=root.mounts,
             )
             launch = Launch(self._state_dir, self._config, False, True, False, embedded=True)
-            with machine.starting("the sandbox"):
-                vm = self._from_pool(launch)
-                if vm is None:
-                    vm = machine.Vm.start(launch, document.holder(self._base, machine.find_busybox()))
+            vm = self._from_pool(launch)
+            if vm is None:
+                vm = machine.Vm.start(launch, document.holder(self._base, machine.find_busybox()))
             self._held = stack.pop_all()
         return vm
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from katapy import InvalidArgument, InvalidState, Sandbox
+from katapy import InvalidArgument, InvalidState, NotStarted, Sandbox
 from katapy.sdk.document import User
 from katapy.sdk.sandbox import parse_user
 
@@ -54,6 +57,19 @@ def test_one_that_is_not_started() -> None:
     sandbox.close()
     with pytest.raises(InvalidState, match="closed"):
         sandbox.run(["true"])
+
+
+def test_a_host_that_lacks_something(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Is no OSError: nothing has run, and that can be told."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/var/lib/katapy/roots/x")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr("katapy.sdk.root.open_root", full)
+    expected = "^the sandbox could not start: No space left on device: /var/lib/katapy/roots/x$"
+    with pytest.raises(NotStarted, match=expected):
+        Sandbox(state_dir=tmp_path).open()
 
 
 def test_options_that_there_are_not() -> None:
