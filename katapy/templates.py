@@ -128,14 +128,14 @@ def remove_all(directory: Path) -> list[str]:
 
 def discard(directory: Path, key: str) -> None:
     """Remove the template ``key`` if there is one: at once, as everybody else sees it."""
-    with suppress(FileNotFoundError):
-        trash = _new_directory(directory)
-        try:
-            with suppress(FileNotFoundError):
-                (directory / key).rename(Path(trash) / key)
-            (directory / f"{key}.lock").unlink(missing_ok=True)
-        finally:
-            _remove_tree(trash)
+    # No directory to move it into: a disk that is full may have none left.
+    trash = directory / f"{_TRASH}{os.urandom(8).hex()}"
+    try:
+        with suppress(FileNotFoundError):
+            (directory / key).rename(trash)
+        (directory / f"{key}.lock").unlink(missing_ok=True)
+    finally:
+        _remove_tree(trash)
 
 
 def prepare(directory: Path, key: str) -> Path:
@@ -304,13 +304,7 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _new_directory(directory: Path) -> str:
-    import tempfile  # only for what is seldom done: it costs as much as all that a start needs of this module
-
-    return tempfile.mkdtemp(prefix=_TRASH, dir=directory)
-
-
 def _remove_tree(path: Path | str) -> None:
-    import shutil
+    import shutil  # only for what is seldom done: it costs as much as all that a start needs of this module
 
     shutil.rmtree(path, ignore_errors=True)

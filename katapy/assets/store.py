@@ -67,12 +67,6 @@ def staging(data_dir: Path) -> Iterator[Path]:
     for stale in data_dir.glob(f"{_STAGING}*"):
         with suppress(OSError):
             _remove(stale)
-    with _temporary(data_dir) as directory:
-        yield directory
-
-
-@contextmanager
-def _temporary(data_dir: Path) -> Iterator[Path]:
     import tempfile
 
     directory = Path(tempfile.mkdtemp(prefix=_STAGING, dir=data_dir))
@@ -223,8 +217,10 @@ def _tree_digest(root: Path) -> str:
 
 def _discard(data_dir: Path, directory: Path) -> None:
     """Remove an asset: at once, as everybody else sees it."""
-    with _temporary(data_dir) as trash:
-        directory.rename(trash / directory.name)
+    # No directory to move it into: a disk that is full may have none left.
+    trash = data_dir / f"{_STAGING}{os.urandom(8).hex()}"
+    directory.rename(trash)
+    _remove(trash)
 
 
 def _sync(path: Path, sync: Callable[[int], None] = os.fsync) -> None:
