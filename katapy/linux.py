@@ -56,6 +56,7 @@ RESOLVE_IN_ROOT: Final = 0x10
 
 PR_SET_PDEATHSIG: Final = 1
 
+_RENAME_EXCHANGE: Final = 2
 _SYS_BPF: Final = 321  # of x86-64
 # x86-64 and the generic table agree on all numbers above 424.
 _SYS_OPEN_TREE: Final = 428
@@ -105,6 +106,12 @@ def setns(fd: int, kind: int) -> None:
 def prctl(option: int, value: int = 0) -> int:
     """Operate on the calling process (prctl(2))."""
     return _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), "prctl")
+
+
+def exchange(one: str, other: str) -> None:
+    """Let two files or directories of one file system have each other's name, at once (renameat2(2))."""
+    args = AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE
+    _check(_libc.renameat2(*args), one)
 
 
 def syncfs(fd: int) -> None:

@@ -6,6 +6,7 @@ in use is not removed.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -120,15 +121,13 @@ def install_root(data_dir: Path, built: Path, *, inputs: str) -> Root:
         (built / _FACTS).unlink()
         if (place / ROOTFS).is_dir() and _tree_digest(place / ROOTFS) == place.name:
             _write_json(place / ROOT_JSON, facts)
+            _sync(place)
         else:
             _write_json(built / ROOT_JSON, facts)
             built.chmod(0o755)
             _sync(built, linux.syncfs)  # some thousand files
             place.parent.mkdir(exist_ok=True, mode=0o755)
-            if place.exists():
-                _discard(data_dir, place)
-            built.rename(place)
-        _sync(place.parent)
+            _put(data_dir, built, place)
     except OSError as error:
         raise Unavailable(f"cannot install {place}: {reason(error)}") from error
     return load_root(place)
@@ -182,12 +181,27 @@ def _install(data_dir: Path, built: Path, place: Path, name: str, **facts: objec
             _sync(path)
         built.chmod(0o755)
         place.parent.mkdir(exist_ok=True, mode=0o755)
-        if place.exists():
-            _discard(data_dir, place)
-        built.rename(place)
-        _sync(place.parent)
+        _put(data_dir, built, place)
     except OSError as error:
         raise Unavailable(f"cannot install {place}: {reason(error)}") from error
+
+
+def _put(data_dir: Path, built: Path, place: Path) -> None:
+    """Give what was built its place; what is there already leaves it at that moment, for where the other one was."""
+    from katapy import linux
+
+    if not place.exists():
+        built.rename(place)
+    else:
+        try:
+            linux.exchange(str(built), str(place))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # This file system cannot do that.
+            _discard(data_dir, place)
+            built.rename(place)
+    _sync(place.parent)
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

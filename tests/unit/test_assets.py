@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -147,6 +150,49 @@ def test_installing_again_mends_a_damaged_image(data: Path) -> None:
     image.path.write_bytes(b"who")
     install_image(data, b"whole")
     assert guest.find_image(data).path.read_bytes() == b"whole"
+    assert not list(data.glob(".build-*"))
+
+
+def test_installing_again_leaves_no_moment_without_one(data: Path) -> None:
+    """A pod that starts just then has a kernel."""
+    install_kernel(data, "6.1.9-katapy", KernelKind.TUNED, created=1.0)
+    missing, done = [], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            try:
+                os.stat(data / "kernel/6.1.9-katapy/vmlinux")
+            except FileNotFoundError as error:
+                missing.append(error)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(100):
+            install_kernel(data, "6.1.9-katapy", KernelKind.TUNED, created=1.0)
+    finally:
+        done.set()
+        looking.join()
+    assert not missing
+    assert not list(data.glob(".build-*"))
+
+
+@pytest.mark.parametrize("known", [errno.EINVAL, errno.EIO])
+def test_installing_again_where_names_cannot_be_exchanged(
+    data: Path, monkeypatch: pytest.MonkeyPatch, known: int
+) -> None:
+    def exchange(*_: str) -> None:
+        raise OSError(known, "cannot")
+
+    image = install_image(data, b"whole")
+    image.path.write_bytes(b"who")
+    monkeypatch.setattr("katapy.linux.exchange", exchange)
+    if known == errno.EINVAL:
+        install_image(data, b"whole")
+        assert guest.find_image(data).path.read_bytes() == b"whole"
+    else:
+        with pytest.raises(Unavailable, match="cannot install"):
+            install_image(data, b"whole")
     assert not list(data.glob(".build-*"))
 
 
