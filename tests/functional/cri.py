@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,18 @@ NETWORK = """{{
 
 @contextmanager
 def start_plugin(directory: Path, rootfs: Path) -> Iterator[Containerd]:
-    """Run a daemon with the plugin, in a network namespace of its own, as ``start_containerd`` does."""
+    """Run a daemon with the plugin, in a network namespace of its own, as ``start_containerd`` does.
+
+    It serves, and knows the images: of those that are imported it hears some time later.
+    """
     with own_network() as network:
         (directory / "cni").mkdir()
         (directory / "cni/10-test.conflist").write_text(NETWORK.format(directory=directory))
         with start_containerd(directory, rootfs, CONFIG, network=network, namespace="k8s.io") as containerd:
             write_image(directory / "pause.tar", rootfs, PAUSE, SLEEP)
             containerd("images", "import", "--no-unpack", directory / "pause.tar")
+            with start_client(containerd, load_messages(directory)) as client:
+                await_true(lambda: client.knows(IMAGE, PAUSE))
             yield containerd
 
 
@@ -140,9 +145,9 @@ class Cri:
     messages: Any
     image: str
 
-    def call(self, method: str, request: Any) -> Any:
+    def call(self, method: str, request: Any, service_name: str = "RuntimeService") -> Any:
         """Make one call."""
-        service = self.messages.DESCRIPTOR.services_by_name["RuntimeService"]
+        service = self.messages.DESCRIPTOR.services_by_name[service_name]
         answer = getattr(self.messages, service.methods_by_name[method].output_type.name)
         call: Callable[..., Any] = self.channel.unary_unary(
             f"/{service.full_name}/{method}",
@@ -150,6 +155,13 @@ class Cri:
             response_deserializer=answer.FromString,
         )
         return call(request, timeout=DEADLINE)
+
+    def knows(self, *images: str) -> bool:
+        """Tell whether the plugin serves, and knows these images."""
+        with suppress(grpc.RpcError):
+            found = self.call("ListImages", self.messages.ListImagesRequest(), "ImageService").images
+            return {*images} <= {tag for image in found for tag in image.repo_tags}
+        return False
 
     def pod_config(self, name: str, logs: Path) -> Any:
         """Describe a pod."""

@@ -61,10 +61,7 @@ def _networks() -> None:
 @pytest.fixture
 def plugin(busybox: Path, cri_messages: object, _networks: None, host: None) -> Iterator[Plugin]:
     with tempfile.TemporaryDirectory(prefix="katapy-") as name, start_plugin(Path(name), busybox) as containerd:
-        found = Plugin(containerd, cri_messages)
-        # Of images that are imported while it runs the plugin hears later.
-        found.restart()
-        yield found
+        yield Plugin(containerd, cri_messages)
         assert list(containerd.root.iterdir()) == []
 
 
