@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+from guest_network_lab import Pod, address, hardware, interface, open_pod, packed
 from katapy_agent import agent_pb2 as pb
 from katapy_agent import netlink, network, sandbox, storage
 from katapy_agent.errors import AlreadyExists, InvalidArgument, InvalidState, KatapyError, NotFound, Timeout
@@ -18,7 +19,6 @@ from katapy_agent.events import Events
 from katapy_agent.network import Neighbor, add_neighbors, update_interface
 from katapy_agent.routes import NextHop, Route, update_routes
 from katapy_agent.server import AgentService
-from network_lab import Pod, address, hardware, interface, open_pod, packed
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from guest_network_lab import address, hardware, packed
 from hypothesis import given
 from hypothesis import strategies as st
 from katapy_agent import netlink, network, routes
@@ -16,7 +17,6 @@ from katapy_agent.errors import InvalidArgument, KatapyError
 from katapy_agent.netlink import Message, attribute
 from katapy_agent.network import Interface, InterfaceAddress, Link, Neighbor
 from katapy_agent.routes import Form, Hop, NextHop, Route
-from network_lab import address, hardware, packed
 
 MAC = hardware("02:00:00:00:00:01")
 OTHER = hardware("02:00:00:00:00:02")

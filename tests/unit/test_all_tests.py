@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from pathlib import Path
 
 import all_tests
@@ -72,3 +73,11 @@ def test_no_run_of_pytest_sees_another_s_mounts() -> None:
     """Tests compare all mounts before and after, and the other lane mounts what it likes meanwhile."""
     commands = [command for lane in all_tests.plan_lanes([]) for command in lane.values() if command[0] != "make"]
     assert all(command[:4] == ["unshare", "--mount", "--propagation", "private"] for command in commands)
+
+
+def test_every_module_of_tests_has_a_name_of_its_own() -> None:
+    """Of two with one name pytest imports only the first, so `make soak` collected neither."""
+    found = [path for top in ("tests", "guest-agent/tests") for path in (all_tests.SOURCE / top).rglob("*.py")]
+    names = Counter(path.name for path in found if path.name != "conftest.py")
+    assert names["test_all_tests.py"] == 1
+    assert [name for name, count in names.items() if count > 1] == []
