@@ -49,6 +49,8 @@ CALLER: Final = "caller"
 _UNFINISHED: Final = re.compile(r"~[0-9a-f]{16}")
 _UNFINISHED_SECONDS: Final = 3600.0
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+_PF_EXITING: Final = 0x4
+_SIGKILL: Final = 1 << 9 - 1
 _PID_MAX: Final = 1 << 22  # the kernel's PID_MAX_LIMIT
 
 
@@ -78,12 +80,19 @@ class ProcessRef(NamedTuple):
         found = _process_stat(pid)
         if found is None:
             raise NotFound(f"{name}: no process {pid}")
-        return cls(name, pid, found[1])
+        return cls(name, pid, found.start_time)
 
     def alive(self) -> bool:
         """Whether this very process still runs; one that nobody has reaped yet does not."""
         found = _process_stat(self.pid)
-        return found is not None and found[0] not in "ZX" and found[1] == self.start_time
+        return found is not None and found.status not in "ZX" and found.start_time == self.start_time
+
+    def ending(self) -> bool:
+        """Whether it has ended, or was killed and does nothing any more while the kernel takes it apart."""
+        found = _process_stat(self.pid)
+        if found is None or found.status in "ZX" or found.start_time != self.start_time:
+            return True
+        return bool(found.flags & _PF_EXITING or found.pending & _SIGKILL)
 
     def open(self) -> int | None:
         """Return a pidfd of this very process, which the caller closes; None when it has ended."""
@@ -486,12 +495,21 @@ def _helpers(value: object) -> tuple[ProcessRef, ...]:
     return tuple(_process_ref(item) for item in value)
 
 
-def _process_stat(pid: int) -> tuple[str, int] | None:
-    """Return state letter and start time of a process (proc(5)); None where there is none."""
+class _ProcessStat(NamedTuple):
+    """Of /proc/PID/stat (proc(5)): ``flags`` are the kernel's, ``pending`` the signals of the first thread's."""
+
+    status: str
+    start_time: int
+    flags: int
+    pending: int
+
+
+def _process_stat(pid: int) -> _ProcessStat | None:
+    """Return what is to know of a process; None where there is none."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - pathlib is slow to import
             # The command's name, in parentheses, may hold spaces and parentheses itself.
             fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return fields[0].decode("ascii"), int(fields[19])
+    return _ProcessStat(fields[0].decode("ascii"), int(fields[19]), int(fields[6]), int(fields[28]))

@@ -43,7 +43,7 @@ def finish(root: Path, container_id: str, *, own_network: bool = True, patience:
             state = directory.load()
             owner = state.shim
             member = state.sandbox != container_id
-            if member and owner is not None and _serves_others(owner, root / state.sandbox, patience):
+            if member and owner is not None and _serves_others(owner, root / state.sandbox, container_id, patience):
                 return  # it has removed or will remove this one
             # A creator was not told to end, and cannot have what is deleted.
             told = owner is not None and owner.name == "shim"
@@ -52,7 +52,7 @@ def finish(root: Path, container_id: str, *, own_network: bool = True, patience:
             with directory.lock():
                 # As of now: a shim takes the container over under this lock, and may have started more before it died.
                 state = directory.load()
-                if state.shim is not None and _to_be_ended(state.shim) and state.shim.alive():
+                if state.shim is not None and _to_be_ended(state.shim) and not state.shim.ending():
                     continue
                 for process in state.helpers:
                     kill(process, patience)
@@ -69,17 +69,24 @@ def _to_be_ended(owner: ProcessRef) -> bool:
     return owner.pid != os.getpid() and owner.name != CALLER
 
 
-def _serves_others(owner: ProcessRef, directory: Path, patience: float) -> bool:
+def _serves_others(owner: ProcessRef, directory: Path, container_id: str, patience: float) -> bool:
     """Tell whether a process is a shim that goes on, in the directory of its sandbox.
 
-    One that was killed hangs up before it is dead, which is waited for, ``patience`` seconds.
+    One that was killed hangs up before it is dead, and may be connected to before that: what goes on is what answers,
+    or stands still and keeps the connection. What ends is waited for, ``patience`` seconds.
     """
     if owner.name != "shim" or not owner.alive():
         return False
+    from katapy.client.task import TaskClient
+
     try:
-        launch.connect(directory).close()
+        with launch.connect(directory) as client:
+            TaskClient(client, timeout=patience).connect(container_id)
     except Unavailable:
-        return not gone(owner, patience)
+        # A busy host may take longer than that to take apart what was killed.
+        return not gone(owner, patience) and not owner.ending()
+    except KatapyError:
+        return True
     return True
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from katapy.client import pod, removal
+from katapy.client import leftovers, pod, removal
 from katapy.client.launch import SHIM_SOCKET
 from katapy.client.leftovers import finish, gone
 from katapy.errors import InvalidState, KatapyError, NotFound, Timeout
@@ -58,7 +60,7 @@ def test_a_shim_that_serves_others_removes_it_itself(root: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(root / "p1" / SHIM_SOCKET))
         listener.listen()
-        finish(root, "c1")
+        finish(root, "c1", patience=0.1)
         assert (root / "c1").exists()
 
 
@@ -78,6 +80,34 @@ def test_a_shim_that_was_killed_has_hung_up_before_it_is_dead(root: Path, shim: 
     assert not (root / "c1").exists()
 
 
+def test_a_shim_that_was_just_killed_can_be_connected_to(root: Path, shim: subprocess.Popen[bytes]) -> None:
+    """While it ends: its connections have gone by then, by which an engine knows, and its listener has not."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(root / "p1" / SHIM_SOCKET))
+        listener.listen()
+        removal = threading.Thread(target=finish, args=(root, "c1"))
+        removal.start()
+        assert select.select([listener], [], [], _DEADLINE)[0]
+    removal.join(0.5)
+    assert removal.is_alive()
+    shim.send_signal(signal.SIGKILL)
+    shim.wait()
+    removal.join(_DEADLINE)
+    assert not removal.is_alive()
+    assert not (root / "c1").exists()
+
+
+def test_a_shim_that_takes_long_to_die(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes apart what was killed, on a busy host for longer than is waited; it does nothing any more."""
+    monkeypatch.setattr(leftovers, "gone", lambda *_: False)
+    monkeypatch.setattr(leftovers, "kill", lambda *_: None)
+    finish(root, "c1", patience=0.01)
+    assert (root / "c1").exists()
+    monkeypatch.setattr(ProcessRef, "ending", lambda _: True)
+    finish(root, "c1", patience=0.01)
+    assert not (root / "c1").exists()
+
+
 def test_a_shim_of_others_is_never_killed(root: Path, shim: subprocess.Popen[bytes]) -> None:
     finish(root, "c1", patience=0.01)
     assert (root / "c1").exists()
@@ -94,6 +124,8 @@ def test_what_goes_wrong_with_one_container_does_not_end_the_others(
         raise error
 
     monkeypatch.setattr(pod.Pod, "connect", refuse)
+    # This one stands still: it keeps the connection, and does not answer.
+    monkeypatch.setattr(removal, "finish", partial(finish, patience=0.1))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(root / "p1" / SHIM_SOCKET))
         listener.listen()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -152,6 +153,33 @@ def test_creates_and_removals_at_once_never_mix(root: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(work, range(1, 5))) == [None] * 4
     assert os.listdir(root) == []
+
+
+def test_a_process_that_ends() -> None:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        found = ProcessRef.of("sleep", process.pid)
+        assert not found.ending()
+        assert found._replace(start_time=found.start_time + 1).ending()
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert found.ending()
+    assert found.ending()
+
+
+@pytest.mark.parametrize(
+    ("flags", "pending", "expected"),
+    [("4194304", "0", False), ("4194308", "0", True), ("4194304", "256", True), ("4194304", "16640", True),
+     ("4194304", "16384", False)],
+)  # fmt: skip
+def test_a_process_that_was_killed_ends(
+    monkeypatch: pytest.MonkeyPatch, flags: str, pending: str, expected: bool
+) -> None:
+    """Before the kernel says so by its state: by PF_EXITING, or a SIGKILL that its thread has not taken yet."""
+    fields = ["S", *["0"] * 5, flags, *["0"] * 12, "77", *["0"] * 8, pending, *["0"] * 20]
+    stat = f"5 (a) b) {' '.join(fields)}".encode()
+    monkeypatch.setattr("builtins.open", lambda *_: io.BytesIO(stat))
+    assert ProcessRef("shim", 5, 77).alive()
+    assert ProcessRef("shim", 5, 77).ending() == expected
 
 
 def test_a_file_in_the_way(root: str) -> None:
