@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import pytest
 
-from katapy.client import leftovers, pod, removal
+from katapy.client import leftovers, pod, removal, task
 from katapy.client.launch import SHIM_SOCKET
 from katapy.client.leftovers import finish, gone
 from katapy.errors import InvalidState, KatapyError, NotFound, Timeout
@@ -56,12 +56,39 @@ def root(tmp_path: Path, shim: subprocess.Popen[bytes]) -> Path:
     return root
 
 
-def test_a_shim_that_serves_others_removes_it_itself(root: Path) -> None:
+def test_a_shim_that_stands_still_may_remove_it_later(root: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(root / "p1" / SHIM_SOCKET))
         listener.listen()
         finish(root, "c1", patience=0.1)
         assert (root / "c1").exists()
+
+
+def assert_waits_for(shim: subprocess.Popen[bytes], removal: threading.Thread) -> None:
+    """See that a removal ends with the shim, and no sooner."""
+    removal.join(0.5)
+    assert removal.is_alive()
+    shim.send_signal(signal.SIGKILL)
+    shim.wait()
+    removal.join(_DEADLINE)
+    assert not removal.is_alive()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_shim_that_answers_removes_it_itself(root: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """Whether it knows the container still or not: it has not to be waited for."""
+
+    def connect(*_: object) -> None:
+        if not known:
+            raise NotFound("no container c1")
+
+    monkeypatch.setattr(task.TaskClient, "connect", connect)
+    monkeypatch.setattr(leftovers, "gone", lambda *_: pytest.fail("it was waited for"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(root / "p1" / SHIM_SOCKET))
+        listener.listen()
+        finish(root, "c1")
+    assert (root / "c1").exists()
 
 
 def test_a_shim_that_was_killed_has_hung_up_before_it_is_dead(root: Path, shim: subprocess.Popen[bytes]) -> None:
@@ -71,12 +98,7 @@ def test_a_shim_that_was_killed_has_hung_up_before_it_is_dead(root: Path, shim: 
         listener.listen()
     removal = threading.Thread(target=finish, args=(root, "c1"))
     removal.start()
-    removal.join(0.5)
-    assert removal.is_alive()
-    shim.send_signal(signal.SIGKILL)
-    shim.wait()
-    removal.join(_DEADLINE)
-    assert not removal.is_alive()
+    assert_waits_for(shim, removal)
     assert not (root / "c1").exists()
 
 
@@ -88,12 +110,7 @@ def test_a_shim_that_was_just_killed_can_be_connected_to(root: Path, shim: subpr
         removal = threading.Thread(target=finish, args=(root, "c1"))
         removal.start()
         assert select.select([listener], [], [], _DEADLINE)[0]
-    removal.join(0.5)
-    assert removal.is_alive()
-    shim.send_signal(signal.SIGKILL)
-    shim.wait()
-    removal.join(_DEADLINE)
-    assert not removal.is_alive()
+    assert_waits_for(shim, removal)
     assert not (root / "c1").exists()
 
 
