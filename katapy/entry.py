@@ -8,7 +8,6 @@ that is closed, the command line begins anew, as if nothing had been tried.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -53,9 +52,12 @@ def main() -> None:
 
 
 def _run(*, preloading: bool) -> None:
+    import signal  # what is answered quickly does without it
+
+    from katapy import lean
+
     # Whoever started us may ignore it, as PID 1 of a container may: no status of a child would be known then.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    from katapy import lean
 
     lean.skip_python_messages()
     if not preloading:
